@@ -1,0 +1,49 @@
+# scalesnn: `make help` lists the targets. Everything runs from .venv, which is made on first use.
+SHELL := /bin/bash
+PYTHON ?= python3
+CUDA ?= 13
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-cuda$(CUDA)
+# DeepSpeed's and our own run-time builds look for ninja on PATH, also where the environment is not activated.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONPATH := $(CURDIR)
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint format lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+install: $(INSTALLED) ## make .venv with the tested versions (again only when they change); CUDA=12 for CUDA 12
+
+requirements/tested.txt requirements/tested-cuda12.txt: ;
+
+$(INSTALLED): requirements/tested$(if $(filter 12,$(CUDA)),-cuda12).txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the tested versions into $(VENV) (once; about 7 GB)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/installer.txt
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync -q $< requirements/installer.txt
+	@touch $@
+
+train: install ## train a spiking ResNet-18 with DeepSpeed ZeRO-2 on the shipped images
+	$(BIN)/deepspeed launch/train.py --deepspeed_config configs/zero2.json --config configs/recipes/sample.yaml
+
+test: install lint ## lint, types and the whole test suite
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
+
+lint: install ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: install ## let ruff put the code in order
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+lock: install ## write requirements/tested*.txt anew from pyproject.toml
+	for cuda in 13 12; do \
+	  $(BIN)/uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header --upgrade \
+	    --extra cuda$$cuda --extra dev pyproject.toml \
+	    -o requirements/tested$$( [ $$cuda = 12 ] && echo -cuda12 ).txt || exit 1; \
+	done
+
+clean: ## remove .venv, caches and runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs
