@@ -1,0 +1,260 @@
+"""One interface for all logging: the training loop talks to a Tracker, the Tracker to its sinks.
+
+    loop ──▶ Tracker ──▶ console        (progress, table, notices)
+                    ├──▶ metrics.jsonl  (everything, in full precision)
+                    ├──▶ TensorBoard
+                    └──▶ W&B
+
+Only rank 0 has a Tracker; the others have a NullTracker, so the loop needs no conditions. Tracking never
+ends a run: a sink that fails is switched off with one notice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from scalesnn.tracking.console import ConsoleSink
+from scalesnn.tracking.jsonl import JsonlSink, cut_records
+from scalesnn.tracking.records import plain
+from scalesnn.tracking.tensorboard import TensorBoardSink
+
+__all__ = ["NullTracker", "Sink", "Tracker", "create_tracker"]
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where records go. Any method may raise: the tracker then drops the sink."""
+
+    name: str
+
+    def log(self, record: Record) -> None:
+        """Take one step or epoch record."""
+
+    def event(self, event: Record) -> None:
+        """Take one event: ``event`` is its kind ("start", "notice", "alert", "checkpoint", "end")."""
+
+    def close(self, summary: Record) -> list[str]:
+        """Finish, and return lines that the user should read last."""
+
+
+class NullTracker:
+    """A tracker that keeps nothing: for ranks other than 0."""
+
+    def log_step(self, record: Record) -> None:
+        """Do nothing."""
+
+    def log_epoch(self, record: Record) -> None:
+        """Do nothing."""
+
+    def progress(self, record: Record) -> None:
+        """Do nothing."""
+
+    def notice(self, text: str) -> None:
+        """Do nothing."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Do nothing."""
+
+    def log_checkpoint(self, path: Path, *, best: bool = False) -> None:
+        """Do nothing."""
+
+    def close(self, summary: Record | None = None) -> None:
+        """Do nothing."""
+
+
+class Tracker(NullTracker):
+    """Hand records to all sinks.
+
+    Args:
+        sinks: where records go.
+        total_steps: optimizer steps of the whole run, for the time left; 0: unknown.
+        first_step: steps already done when this process started.
+        seen: (split, step) of epoch records that are already on file: a repeated one is dropped.
+    """
+
+    def __init__(
+        self,
+        sinks: list[Sink],
+        *,
+        total_steps: int = 0,
+        first_step: int = 0,
+        seen: set[tuple[str, int]] | None = None,
+    ) -> None:
+        self._sinks = list(sinks)
+        self._total_steps = total_steps
+        self._first_step = self._step = first_step
+        self._seen = seen or set()
+        self._clock: tuple[float, int] | None = None
+        self._closed = False
+
+    def log_step(self, record: Record) -> None:
+        """Log the record of the last steps: ``step``, ``epoch``, ``split`` ("train" unless given), and
+        metrics.
+        """
+        self._log({"kind": "step", "split": "train", **plain(record)})
+
+    def log_epoch(self, record: Record) -> None:
+        """Log one pass over a split: ``step``, ``epoch``, ``split`` (train, test or ema_test), and metrics.
+
+        A record of a split and step that is already on file (a resumed run that evaluates the same weights
+        again) is not logged twice.
+        """
+        record = {"kind": "epoch", "split": "train", **plain(record)}
+        key = (str(record["split"]), int(record.get("step", self._step)))
+        if key not in self._seen:
+            self._seen.add(key)
+            self._log(record)
+
+    def progress(self, record: Record) -> None:
+        """Show where the run is; call it every step, it is cheap. The time left is added.
+
+        A tensor is read back only when the line is really drawn, so the device is not waited for at every
+        step.
+        """
+        record.setdefault("total_steps", self._total_steps)
+        self._step = int(record.get("step", self._step))
+        for sink in [sink for sink in self._sinks if isinstance(sink, ConsoleSink)]:
+            if sink.is_due(record):
+                line = plain(record)
+                line.setdefault("time_left_s", self.time_left_s(self._step))
+                self._safely(sink, partial(sink.progress, line))
+
+    def time_left_s(self, step: int) -> float | None:
+        """Seconds to the last step at the pace of this process so far; None while unknown.
+
+        The first step of a process (compilation, warm-up) is not counted.
+        """
+        now = time.monotonic()
+        if self._clock is None or step < self._clock[1]:
+            self._clock = (now, step)
+        since, from_step = self._clock
+        if step <= from_step or not self._total_steps:
+            return None
+        return max(0, self._total_steps - step) * (now - since) / (step - from_step)
+
+    def notice(self, text: str) -> None:
+        """Tell the user one line."""
+        self._event({"event": "notice", "text": text})
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell the user of trouble (NaN, a stall, dead layers), through W&B's alerts as well."""
+        self._event({"event": "alert", "title": title, "text": text})
+
+    def log_checkpoint(self, path: Path, *, best: bool = False) -> None:
+        """Note a checkpoint; with --wandb-log-model it becomes a W&B artifact."""
+        self._event({"event": "checkpoint", "path": str(path), "best": best})
+
+    def close(self, summary: Record | None = None) -> None:
+        """Close every sink; ``summary`` is printed and kept. Further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        summary = plain(summary or {})
+        self._event({"event": "end", "summary": summary})
+        last_lines: list[str] = []
+        for sink in sorted(self._sinks, key=lambda sink: isinstance(sink, ConsoleSink)):
+            self._safely(sink, partial(_close, sink, summary, last_lines))
+        for line in last_lines:
+            print(f"scalesnn: {line}", flush=True)
+
+    def _log(self, record: Record) -> None:
+        record.setdefault("time", time.time())
+        self._step = max(self._step, int(record.get("step", 0)))
+        for sink in list(self._sinks):
+            self._safely(sink, partial(sink.log, record))
+
+    def _event(self, event: Record) -> None:
+        event = {**event, "step": self._step, "time": time.time()}
+        for sink in list(self._sinks):
+            self._safely(sink, partial(sink.event, event))
+
+    def _safely(self, sink: Sink, action: Callable[[], Any]) -> None:
+        """Run ``action``; if it fails, drop the sink and say so once. Nothing that a sink does may end the
+        run.
+        """
+        if sink not in self._sinks:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._sinks.remove(sink)
+            self._say_off(sink.name, error)
+
+    def _say_off(self, name: str, error: Exception) -> None:
+        text = f"{name} is switched off for the rest of this run ({_reason(error)}); training goes on"
+        if any(isinstance(sink, ConsoleSink) for sink in self._sinks):
+            self.notice(text)
+        else:
+            print(f"scalesnn: {text}", file=sys.stderr, flush=True)
+
+
+def create_tracker(
+    args: argparse.Namespace,
+    run_folder: Path,
+    config: Record,
+    *,
+    resumed: bool = False,
+    total_steps: int = 0,
+    first_step: int = 0,
+) -> Tracker:
+    """The tracker of rank 0, with every sink that can be opened.
+
+    Args:
+        args: the resolved command line (flags of ``add_tracking_arguments``).
+        run_folder: the run's folder; it exists.
+        config: every resolved setting, for W&B's config.
+        resumed: this process continues a run of ``run_folder``.
+        total_steps: optimizer steps of the whole run.
+        first_step: optimizer steps already done, when resumed: records of later steps, left by the process
+            before, are cut, so that the step axis has neither gap nor repeat.
+    """
+    kept: list[Record] = []
+    failed: list[tuple[str, Exception]] = []
+    sinks: list[Sink] = [ConsoleSink()]
+
+    def open_sink(name: str, make: Callable[[], Sink]) -> None:
+        try:
+            sinks.append(make())
+        except Exception as error:
+            failed.append((name, error))
+
+    if resumed:
+        try:
+            kept = cut_records(run_folder / "metrics.jsonl", first_step)
+        except OSError as error:
+            failed.append(("metrics.jsonl (cut on resume)", error))
+    epochs = [record for record in kept if record.get("kind") == "epoch"]
+    last_epoch = max((int(record.get("epoch", -1)) for record in epochs), default=-1)
+    open_sink("metrics.jsonl", lambda: JsonlSink(run_folder))
+    open_sink(
+        "TensorBoard",
+        lambda: TensorBoardSink(run_folder, first_step if resumed else None, last_epoch=last_epoch),
+    )
+    tracker = Tracker(
+        sinks,
+        total_steps=total_steps,
+        first_step=first_step,
+        seen={(str(record.get("split")), int(record.get("step", 0))) for record in epochs},
+    )
+    for name, cause in failed:
+        tracker._say_off(name, cause)
+    tracker._event(
+        {"event": "start", "resumed": resumed, "first_step": first_step, "total_steps": total_steps}
+    )
+    return tracker
+
+
+def _close(sink: Sink, summary: Record, last_lines: list[str]) -> None:
+    last_lines.extend(sink.close(summary))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
