@@ -1,0 +1,292 @@
+"""The command line: one parser for flags and recipes.
+
+A recipe (``--config RECIPE.yaml``) sets the default of any flag; a flag on the command line wins, wherever it
+stands. Parsing of both is jsonargparse's; what is ours is the wording of errors, and ``args.explicit``: the
+names of the settings that the user gave, by flag or by recipe, as against those left at their defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import torch
+import yaml
+
+from scalesnn.base import UserError
+
+__all__ = [
+    "RecipeParser",
+    "add_model_arguments",
+    "add_optimization_arguments",
+    "add_run_arguments",
+    "check_arguments",
+]
+
+OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
+SCHEDULERS = ("step", "cosa", "exp")
+WARMUPS = ("linear", "constant")
+
+
+class RecipeParser(jsonargparse.ArgumentParser):
+    """An argparse parser whose ``--config`` reads recipes and whose errors are one line with exit code 2.
+
+    Use ``add_argument`` as with argparse. ``parse_args`` returns a namespace that also holds ``explicit``,
+    the set of destinations that were set by a flag or by the recipe.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self.add_argument(
+            "--config", action="config", metavar="RECIPE", help="recipe: sets any flag's default"
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parse the command line; the recipe goes first, so that a flag always wins.
+
+        Args:
+            args: the words of the command line, ``sys.argv[1:]`` when None.
+
+        Raises:
+            SystemExit: with code 2 and one line on standard error, for any unknown or malformed setting.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        recipes, words = split_recipes(words)
+        given = self._given(words)
+        for recipe in recipes:
+            given |= self._check_recipe(recipe)
+        recipe_words = [word for recipe in recipes for word in ("--config", recipe)]
+        namespace = super().parse_args([*recipe_words, *words], *rest, **kwargs)
+        namespace.explicit = given
+        return namespace
+
+    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
+        """Print what is wrong in one line and exit with code 2."""
+        print(f"{self.prog}: {self._plain(message)}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _destinations(self) -> list[str]:
+        return [
+            a.dest
+            for a in self._actions
+            if a.option_strings and a.dest not in ("help", "config", "print_config")
+        ]
+
+    def _given(self, words: list[str]) -> set[str]:
+        names = {word.split("=", 1)[0] for word in words if word.startswith("-")}
+        return {a.dest for a in self._actions if names & set(a.option_strings)} | {
+            a.dest
+            for a in self._actions
+            for option in a.option_strings
+            if len(option) == 2 and any(w.startswith(option) and not w.startswith("--") for w in words)
+        }
+
+    def _check_recipe(self, path: str) -> set[str]:
+        try:
+            settings = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            self.error(f"--config {path}: {error.strerror or error}")
+        except yaml.YAMLError as error:
+            where = getattr(error, "problem_mark", None)
+            line = f", line {where.line + 1}" if where else ""
+            self.error(f"--config {path}{line}: not valid YAML: {getattr(error, 'problem', error)}")
+        if settings is None:
+            settings = {}
+        if not isinstance(settings, dict):
+            self.error(
+                f"--config {path}: expected lines of the form 'flag: value', got {type(settings).__name__}"
+            )
+        known = self._destinations()
+        for key in settings:
+            if key not in known:
+                options = [o.lstrip("-").replace("-", "_") for a in self._actions for o in a.option_strings]
+                hint = nearest(str(key).replace("-", "_"), [*known, *options])
+                self.error(f"--config {path}: unknown setting {key!r}{hint}")
+        return set(settings)
+
+    def _plain(self, message: str) -> str:
+        """Turn jsonargparse's wording into ours."""
+        text = " ".join(str(message).split())
+        if found := re.search(r"Parser key \"?([\w.]+)\"?: (.*)", text):
+            flag = next((a.option_strings[-1] for a in self._actions if a.dest == found[1]), found[1])
+            detail = found[2]
+            if typed := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.*)", detail):
+                kind = {"int": "a whole number", "float": "a number"}.get(typed[1], typed[1])
+                detail = f"expected {kind}, got {typed[2]!r}"
+            return f"{flag}: {detail}"
+        if found := re.search(r"[Uu]nrecognized arguments: (\S+)", text):
+            options = [o for a in self._actions for o in a.option_strings]
+            return f"unknown flag {found[1]!r}{nearest(found[1].split('=')[0], options)}"
+        return text
+
+
+def split_recipes(words: list[str]) -> tuple[list[str], list[str]]:
+    """Take ``--config X`` and ``--config=X`` out of a command line: (the recipes, the other words)."""
+    recipes, others, words = [], [], list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words:
+            recipes.append(words.pop(0))
+        elif word.startswith("--config="):
+            recipes.append(word.split("=", 1)[1])
+        else:
+            others.append(word)
+    return recipes, others
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """``"; did you mean 'batch_size'?"`` where something known is near, else an empty string."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def add_model_arguments(parser: RecipeParser) -> None:
+    """Flags that choose the network."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="spiking_resnet18", metavar="NAME", help="name of the network")
+    group.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    group.add_argument(
+        "--weights",
+        default=None,
+        metavar="NAME",
+        help="torchvision weights, e.g. ResNet18_Weights.IMAGENET1K_V1: evaluate with their preprocessing",
+    )
+    group.add_argument(
+        "--prototype",
+        action="store_true",
+        help="torchvision's prototype models (gone from today's torchvision)",
+    )
+
+
+def add_optimization_arguments(parser: RecipeParser) -> None:
+    """Flags of the optimizer, the schedule and the averaged model."""
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "-b", "--batch-size", default=32, type=int, metavar="N", help="images per device and step"
+    )
+    group.add_argument("--epochs", default=90, type=int, metavar="N", help="number of epochs to train")
+    group.add_argument("--opt", default="sgd", metavar="NAME", help=", ".join(OPTIMIZERS))
+    group.add_argument("--lr", default=0.1, type=float, help="initial learning rate")
+    group.add_argument("--momentum", default=0.9, type=float, metavar="M", help="of sgd and rmsprop")
+    group.add_argument(
+        "--wd",
+        "--weight-decay",
+        default=0.0,
+        type=float,
+        metavar="W",
+        dest="weight_decay",
+        help="weight decay",
+    )
+    group.add_argument(
+        "--norm-weight-decay",
+        default=None,
+        type=float,
+        metavar="W",
+        help="of normalisation layers (default: --wd)",
+    )
+    group.add_argument("--label-smoothing", default=0.1, type=float, help="of the cross-entropy")
+    group.add_argument("--lr-scheduler", default="cosa", metavar="NAME", help=", ".join(SCHEDULERS))
+    group.add_argument("--lr-warmup-epochs", default=5, type=int, metavar="N", help="epochs of warm-up")
+    group.add_argument("--lr-warmup-method", default="linear", metavar="NAME", help=", ".join(WARMUPS))
+    group.add_argument("--lr-warmup-decay", default=0.01, type=float, help="factor of the rate at the start")
+    group.add_argument(
+        "--lr-step-size", default=30, type=int, metavar="N", help="epochs between steps of 'step'"
+    )
+    group.add_argument("--lr-gamma", default=0.1, type=float, help="factor of 'step' and 'exp'")
+    group.add_argument("--model-ema", action="store_true", help="also keep and test averaged weights")
+    group.add_argument("--model-ema-steps", default=32, type=int, metavar="N", help="steps between updates")
+    group.add_argument("--model-ema-decay", default=0.99998, type=float, help="decay of the average")
+
+
+def add_run_arguments(parser: RecipeParser) -> None:
+    """Flags of the run itself: where, how long, from where, with what numbers."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", default="auto", help="auto (a GPU where there is one), cuda or cpu")
+    group.add_argument("--seed", default=2020, type=int, help="of weights, order and augmentation")
+    group.add_argument("--output-dir", default="./runs", metavar="DIR", help="runs are written below it")
+    group.add_argument(
+        "--run-name", default=None, metavar="NAME", help="folder of the run (default: from settings)"
+    )
+    group.add_argument("--print-logdir", action="store_true", help="print the run's folders and exit")
+    group.add_argument("--clean", action="store_true", help="delete what an earlier run of this name left")
+    group.add_argument("--resume", default=None, metavar="PATH", help="a checkpoint, or 'latest'")
+    group.add_argument("--start-epoch", default=0, type=int, metavar="N", help="number of the first epoch")
+    group.add_argument(
+        "--max-steps", default=None, type=int, metavar="N", help="stop there, save and evaluate"
+    )
+    group.add_argument("--save-every", default=None, type=int, metavar="N", help="steps between checkpoints")
+    group.add_argument(
+        "--keep-checkpoints", default=2, type=int, metavar="N", help="newest kept, besides the best"
+    )
+    group.add_argument("--test-only", action="store_true", help="only evaluate")
+    group.add_argument("--disable-amp", action="store_true", help="no bf16 autocast on a GPU")
+    group.add_argument(
+        "--disable-uda",
+        action="store_true",
+        help="do not insist on deterministic algorithms (faster on a GPU)",
+    )
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse settings that cannot work, before anything is loaded.
+
+    Raises:
+        UserError: one line that names the flag, what was given and what is possible.
+    """
+    for flag, least in {
+        "batch_size": 1,
+        "epochs": 1,
+        "T": 1,
+        "max_steps": 1,
+        "save_every": 1,
+        "keep_checkpoints": 1,
+        "model_ema_steps": 1,
+        "lr_step_size": 1,
+        "lr_warmup_epochs": 0,
+        "start_epoch": 0,
+    }.items():
+        value = getattr(args, flag, None)
+        if value is not None and value < least:
+            raise UserError(f"{option(flag)} must be at least {least}, got {value}")
+    for flag, names in {"opt": OPTIMIZERS, "lr_scheduler": SCHEDULERS, "lr_warmup_method": WARMUPS}.items():
+        value = getattr(args, flag).lower()
+        if value not in names:
+            raise UserError(
+                f"{option(flag)}: unknown {value!r}{nearest(value, names)} (known: {', '.join(names)})"
+            )
+        setattr(args, flag, value)
+    for flag in ("lr", "weight_decay", "momentum", "norm_weight_decay"):
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"{option(flag)} must be 0 or more, got {value}")
+    for flag in ("label_smoothing", "model_ema_decay"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise UserError(f"{option(flag)} must lie between 0 and 1, got {getattr(args, flag)}")
+    if args.prototype:
+        raise UserError(
+            "--prototype: today's torchvision has no prototype models any more; "
+            "leave the flag out, --weights works without it"
+        )
+    if args.device not in ("auto", "cpu") and not args.device.startswith("cuda"):
+        raise UserError(f"--device: expected auto, cuda or cpu, got {args.device!r}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {args.device}: torch sees no GPU here; leave the flag out or give --device cpu"
+        )
+    if getattr(args, "cupy", False) and (args.device == "cpu" or not torch.cuda.is_available()):
+        raise UserError(
+            "--cupy needs a GPU, and this run has none; leave it out: the CPU has fused kernels of its own"
+        )
+    if args.test_only and not (args.resume or args.pretrained):
+        raise UserError("--test-only needs weights to test: give --resume CHECKPOINT or --pretrained")
+
+
+def option(destination: str) -> str:
+    """``batch_size`` → ``--batch-size``."""
+    return "--T" if destination == "T" else "--" + destination.replace("_", "-")

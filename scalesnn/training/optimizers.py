@@ -1,0 +1,93 @@
+"""Optimizers, learning-rate schedules and the parameter groups that they work on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as schedulers
+from torch.optim.lr_scheduler import LRScheduler
+
+from scalesnn.base import UserError
+
+__all__ = ["make_optimizer", "make_scheduler", "parameter_groups"]
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, norm_weight_decay: float | None
+) -> list[dict[str, Any]]:
+    """Split the parameters so that normalisation layers can have a weight decay of their own.
+
+    Returns:
+        one group where ``norm_weight_decay`` is None, else (normalisation layers, all others).
+    """
+    if norm_weight_decay is None:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+    norms = (
+        nn.modules.batchnorm._BatchNorm,
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.modules.instancenorm._InstanceNorm,
+    )
+    normal: list[nn.Parameter] = []
+    other: list[nn.Parameter] = []
+    for module in model.modules():
+        chosen = normal if isinstance(module, norms) else other
+        chosen.extend(p for p in module.parameters(recurse=False) if p.requires_grad)
+    groups = [
+        {"params": normal, "weight_decay": norm_weight_decay},
+        {"params": other, "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(args: Any, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    """``--opt`` with its flags.
+
+    Raises:
+        UserError: ``--opt`` is not one of sgd, sgd_nesterov, rmsprop, adamw.
+    """
+    common = {"lr": args.lr, "weight_decay": args.weight_decay}
+    match args.opt.lower():
+        case "sgd":
+            return torch.optim.SGD(parameters, momentum=args.momentum, **common)
+        case "sgd_nesterov":
+            return torch.optim.SGD(parameters, momentum=args.momentum, nesterov=True, **common)
+        case "rmsprop":
+            # eps and alpha of the Inception recipe, as torchvision's reference training takes them.
+            return torch.optim.RMSprop(parameters, momentum=args.momentum, eps=0.0316, alpha=0.9, **common)
+        case "adamw":
+            return torch.optim.AdamW(parameters, **common)
+    raise UserError(f"--opt: unknown {args.opt!r} (known: sgd, sgd_nesterov, rmsprop, adamw)")
+
+
+def make_scheduler(args: Any, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """``--lr-scheduler`` after ``--lr-warmup-epochs`` of warm-up; it is stepped once an epoch.
+
+    Raises:
+        UserError: an unknown schedule or warm-up.
+    """
+    after_warmup = max(1, args.epochs - args.lr_warmup_epochs)
+    main: LRScheduler
+    match args.lr_scheduler.lower():
+        case "step":
+            main = schedulers.StepLR(optimizer, step_size=args.lr_step_size, gamma=args.lr_gamma)
+        case "cosa":
+            main = schedulers.CosineAnnealingLR(optimizer, T_max=after_warmup)
+        case "exp":
+            main = schedulers.ExponentialLR(optimizer, gamma=args.lr_gamma)
+        case other:
+            raise UserError(f"--lr-scheduler: unknown {other!r} (known: step, cosa, exp)")
+    if args.lr_warmup_epochs == 0:
+        return main
+    warmup: LRScheduler
+    match args.lr_warmup_method.lower():
+        case "linear":
+            warmup = schedulers.LinearLR(optimizer, args.lr_warmup_decay, total_iters=args.lr_warmup_epochs)
+        case "constant":
+            warmup = schedulers.ConstantLR(optimizer, args.lr_warmup_decay, total_iters=args.lr_warmup_epochs)
+        case other:
+            raise UserError(f"--lr-warmup-method: unknown {other!r} (known: linear, constant)")
+    return schedulers.SequentialLR(optimizer, [warmup, main], milestones=[args.lr_warmup_epochs])

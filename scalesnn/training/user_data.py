@@ -1,0 +1,109 @@
+"""Data of a Trainer whose ``load_data`` returns torchvision datasets and samplers, as SpikingJelly's did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from torchvision.transforms import v2
+
+from scalesnn.base import UserError
+
+__all__ = ["DatasetLoader", "UserData", "as_data"]
+
+
+class DatasetLoader:
+    """A dataset and its sampler behind the interface of ``scalesnn.data.Loader``.
+
+    The order is the sampler's, which only counts epochs: a resume in the middle of an epoch skips the
+    batches that were seen, and draws new augmentations.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+        self.loader = loader
+        self.device = device
+        self.number_of_images = len(loader.dataset)  # type: ignore[arg-type]
+        self.stats: dict[str, float] = {}
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch on this rank."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The current epoch (``set_epoch``)."""
+        return self.epoch(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler which epoch comes."""
+        self._epoch = epoch
+        if hasattr(self.loader.sampler, "set_epoch"):
+            self.loader.sampler.set_epoch(epoch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images [n, 3, H, W] and targets of ``epoch`` from batch ``start`` on, on the device."""
+        self.set_epoch(epoch)
+        for images, targets in islice(self.loader, start, None):
+            yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+
+@dataclass
+class UserData:
+    """What ``scalesnn.data.open_data`` returns, made of a user's datasets."""
+
+    train: DatasetLoader
+    val: DatasetLoader
+    classes: list[str]
+    notices: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def as_data(loaded: Any, args: Any, device: torch.device) -> Any:
+    """Take what ``load_data`` returned: ``scalesnn.data.Data`` as it is, datasets and samplers wrapped.
+
+    Raises:
+        UserError: ``load_data`` returned something else.
+    """
+    if hasattr(loaded, "train") and hasattr(loaded, "val"):
+        return loaded
+    if not isinstance(loaded, tuple) or len(loaded) != 4:
+        raise UserError(
+            "load_data must return scalesnn.data.Data or "
+            f"(dataset, dataset_test, train_sampler, test_sampler), got {type(loaded).__name__}"
+        )
+    dataset, dataset_test, train_sampler, test_sampler = loaded
+    classes = list(dataset.classes)
+    common: dict[str, Any] = {
+        "batch_size": args.batch_size,
+        "num_workers": args.workers,
+        "pin_memory": device.type == "cuda" and not args.disable_pinmemory,
+    }
+    train = DataLoader(
+        dataset, sampler=train_sampler, collate_fn=Mixing(args, len(classes)), drop_last=True, **common
+    )
+    val = DataLoader(dataset_test, sampler=test_sampler, **common)
+    return UserData(DatasetLoader(train, device), DatasetLoader(val, device), classes)
+
+
+class Mixing:
+    """Collate a batch; mixup or cutmix it where the flags ask for it."""
+
+    def __init__(self, args: Any, classes: int) -> None:
+        choices: list[Any] = []
+        if args.mixup_alpha > 0:
+            choices.append(v2.MixUp(alpha=args.mixup_alpha, num_classes=classes))
+        if args.cutmix_alpha > 0:
+            choices.append(v2.CutMix(alpha=args.cutmix_alpha, num_classes=classes))
+        self.mix = v2.RandomChoice(choices) if choices else None
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """(images [n, 3, H, W], targets [n] or [n, classes])."""
+        batch = default_collate(samples)
+        return self.mix(*batch) if self.mix is not None else batch
