@@ -1,0 +1,144 @@
+"""Which processor cores a rank computes on, and with how many threads.
+
+With several ranks on one machine, each gets its own cores: those next to its GPU where /sys tells (the NUMA
+node of the PCI device), else an equal run of cores in NUMA order. The data loader's processes inherit the
+choice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+
+from scalesnn.parallel.topology import Topology
+
+__all__ = [
+    "bind_to_cores",
+    "choose_cores",
+    "gpu_numa_nodes",
+    "limit_threads",
+    "numa_nodes",
+    "threads_per_rank",
+]
+
+SYSTEM = Path("/sys")
+
+
+def numa_nodes(system: Path = SYSTEM) -> dict[int, set[int]]:
+    """The processors of each NUMA node, from ``/sys/devices/system/node``; empty where it shows none."""
+    nodes = {}
+    for folder in (system / "devices/system/node").glob("node[0-9]*"):
+        try:
+            nodes[int(folder.name[4:])] = parse_cpulist((folder / "cpulist").read_text())
+        except OSError:
+            continue
+    return dict(sorted(nodes.items()))
+
+
+def siblings(system: Path, cpu: int) -> int:
+    """The lowest processor number on the same core, so that hyper-threads of a core stay together."""
+    try:
+        text = (system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        return min(parse_cpulist(text))
+    except (OSError, ValueError):
+        return cpu
+
+
+def gpu_numa_nodes(pci_addresses: Sequence[str], system: Path = SYSTEM) -> list[int | None]:
+    """The NUMA node of each PCI device (``0000:17:00.0``); None where /sys does not know it."""
+    found: list[int | None] = []
+    for address in pci_addresses:
+        try:
+            node = int((system / f"bus/pci/devices/{address.lower()}/numa_node").read_text())
+        except (OSError, ValueError):
+            node = -1
+        found.append(node if node >= 0 else None)
+    return found
+
+
+def choose_cores(
+    local_rank: int,
+    local_world_size: int,
+    allowed: set[int],
+    *,
+    near: Sequence[int | None] = (),
+    system: Path = SYSTEM,
+) -> set[int]:
+    """The processors for one local rank.
+
+    Args:
+        allowed: processors that this process may use (the affinity that Slurm or a container gave it).
+        near: the NUMA node of each local rank's GPU; empty or with None where not known.
+        system: where /sys is.
+
+    Returns:
+        at least two of ``allowed``, apart from those of the other local ranks; all of ``allowed`` where that
+        cannot be had (one rank, fewer than two processors a rank).
+    """
+    nodes = {n: cpus & allowed for n, cpus in numa_nodes(system).items() if cpus & allowed}
+    if local_world_size == 1 or len(allowed) < 2 * local_world_size:
+        return set(allowed)
+    ranks: list[int] = list(range(local_world_size))
+    pool = set(allowed)
+    if len(near) == local_world_size and all(n in nodes for n in near):
+        mine = near[local_rank]
+        ranks = [r for r in ranks if near[r] == mine]
+        pool = nodes[mine]  # type: ignore[index]
+        if len(pool) < 2 * len(ranks):
+            return pool
+    home = {cpu: node for node, cpus in nodes.items() for cpu in cpus}
+    order = sorted(pool, key=lambda cpu: (home.get(cpu, 0), siblings(system, cpu), cpu))
+    place = ranks.index(local_rank)
+    return set(order[place * len(order) // len(ranks) : (place + 1) * len(order) // len(ranks)])
+
+
+def bind_to_cores(
+    topology: Topology, near: Sequence[int | None] = (), environ: Mapping[str, str] = os.environ
+) -> int:
+    """Keep this process, and all that it starts, on its own cores; returns how many it has.
+
+    Nothing is changed where Slurm has bound the tasks itself (SLURM_CPU_BIND with a list of masks), or
+    where the system has no such call (macOS).
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    if environ.get("SLURM_CPU_BIND_TYPE", "").startswith("mask") and environ.get("SLURM_CPU_BIND_LIST"):
+        return len(allowed)
+    chosen = choose_cores(topology.local_rank, topology.local_world_size, allowed, near=near)
+    if chosen != allowed:
+        os.sched_setaffinity(0, chosen)
+    return len(chosen)
+
+
+def threads_per_rank(topology: Topology, cores: int, environ: Mapping[str, str] = os.environ) -> int:
+    """OMP_NUM_THREADS where set, else Slurm's cores per task, else this node's cores shared out."""
+    if environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(environ["OMP_NUM_THREADS"]))
+    if topology.source == "slurm" and environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        return max(1, int(environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, cores // topology.local_world_size)
+
+
+def limit_threads(topology: Topology, environ: MutableMapping[str, str] = os.environ) -> int:
+    """Give torch and OpenMP ``threads_per_rank`` threads, counted over the cores of this machine; returns it.
+
+    Call it before ``bind_to_cores``: the share is of what all local ranks may use together.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads_per_rank(topology, cores, environ)
+    environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def parse_cpulist(text: str) -> set[int]:
+    """The kernel's ``0-3,8,10-11`` → {0, 1, 2, 3, 8, 10, 11}."""
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return found
