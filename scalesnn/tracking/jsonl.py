@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from scalesnn.tracking.records import strict_json
 
-__all__ = ["JsonlSink", "cut_records", "read_jsonl"]
+__all__ = ["JsonlSink", "cut_records", "read_jsonl", "set_aside"]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -49,6 +50,14 @@ def cut_records(path: Path, last_step: int) -> list[dict[str, Any]]:
             os.fsync(out.fileno())
         beside.replace(path)
     return kept
+
+
+def set_aside(path: Path) -> None:
+    """Rename ``path``, if it is there, to ``NAME.before-TIME``: a new run in an old folder starts a new
+    file.
+    """
+    if path.exists() and path.stat().st_size:
+        path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 class JsonlSink:

@@ -21,7 +21,7 @@ class TensorBoardSink:
 
     Args:
         run_folder: the run's folder; event files go to ``run_folder/tb`` and ``run_folder/tb/steps``.
-        last_step: resumed after this optimizer step; None for a new run. Later points of earlier files are
+        last_step: resumed after this optimizer step; -1 for a new run. Later points of earlier files are
             purged.
         last_epoch: the last epoch whose records are kept on resume.
 
@@ -31,15 +31,13 @@ class TensorBoardSink:
 
     name = "TensorBoard"
 
-    def __init__(self, run_folder: Path, last_step: int | None = None, last_epoch: int = -1) -> None:
+    def __init__(self, run_folder: Path, last_step: int = -1, last_epoch: int = -1) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        resumed = last_step is not None
         folder = run_folder / "tb"
-        self._epochs = SummaryWriter(str(folder), purge_step=last_epoch + 1 if resumed else None)
-        self._steps = SummaryWriter(
-            str(folder / "steps"), purge_step=last_step + 1 if last_step is not None else None
-        )
+        again = folder.exists()  # without older event files there is nothing to forget
+        self._epochs = SummaryWriter(str(folder), purge_step=last_epoch + 1 if again else None)
+        self._steps = SummaryWriter(str(folder / "steps"), purge_step=last_step + 1 if again else None)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write the numbers of one record."""

@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from scalesnn.tracking.console import ConsoleSink
-from scalesnn.tracking.jsonl import JsonlSink, cut_records
+from scalesnn.tracking.jsonl import JsonlSink, cut_records, set_aside
 from scalesnn.tracking.records import plain
 from scalesnn.tracking.tensorboard import TensorBoardSink
+from scalesnn.tracking.wandb_sink import WandbOptions, WandbSink
 
 __all__ = ["NullTracker", "Sink", "Tracker", "create_tracker"]
 
@@ -93,6 +95,7 @@ class Tracker(NullTracker):
         self._seen = seen or set()
         self._clock: tuple[float, int] | None = None
         self._closed = False
+        self._waiting: SimpleQueue[str] = SimpleQueue()  # lines for the user, from the sinks' threads
 
     def log_step(self, record: Record) -> None:
         """Log the record of the last steps: ``step``, ``epoch``, ``split`` ("train" unless given), and
@@ -118,6 +121,7 @@ class Tracker(NullTracker):
         A tensor is read back only when the line is really drawn, so the device is not waited for at every
         step.
         """
+        self._say_waiting()
         record.setdefault("total_steps", self._total_steps)
         self._step = int(record.get("step", self._step))
         for sink in [sink for sink in self._sinks if isinstance(sink, ConsoleSink)]:
@@ -156,6 +160,7 @@ class Tracker(NullTracker):
         if self._closed:
             return
         self._closed = True
+        self._say_waiting()
         summary = plain(summary or {})
         self._event({"event": "end", "summary": summary})
         last_lines: list[str] = []
@@ -163,6 +168,10 @@ class Tracker(NullTracker):
             self._safely(sink, partial(_close, sink, summary, last_lines))
         for line in last_lines:
             print(f"scalesnn: {line}", flush=True)
+
+    def _say_waiting(self) -> None:
+        while not self._waiting.empty():
+            self.notice(self._waiting.get())
 
     def _log(self, record: Record) -> None:
         record.setdefault("time", time.time())
@@ -225,11 +234,13 @@ def create_tracker(
         except Exception as error:
             failed.append((name, error))
 
-    if resumed:
-        try:
+    try:
+        if resumed:
             kept = cut_records(run_folder / "metrics.jsonl", first_step)
-        except OSError as error:
-            failed.append(("metrics.jsonl (cut on resume)", error))
+        else:
+            set_aside(run_folder / "metrics.jsonl")
+    except OSError as error:
+        failed.append(("metrics.jsonl", error))
     epochs = [record for record in kept if record.get("kind") == "epoch"]
     last_epoch = max((int(record.get("epoch", -1)) for record in epochs), default=-1)
     open_sink("metrics.jsonl", lambda: JsonlSink(run_folder))
@@ -245,6 +256,24 @@ def create_tracker(
     )
     for name, cause in failed:
         tracker._say_off(name, cause)
+    if args.wandb != "disabled":
+        options = WandbOptions(
+            mode=args.wandb,
+            project=args.wandb_project,
+            entity=args.wandb_entity,
+            name=args.wandb_name,
+            group=args.wandb_group,
+            tags=tuple(args.wandb_tags),
+            notes=args.wandb_notes,
+            log_model=args.wandb_log_model,
+            config=plain(config),
+        )
+        try:
+            tracker._sinks.append(
+                WandbSink(run_folder, options, history=kept, resumed=resumed, notify=tracker._waiting.put)
+            )
+        except Exception as error:
+            tracker._say_off("W&B", error)
     tracker._event(
         {"event": "start", "resumed": resumed, "first_step": first_step, "total_steps": total_steps}
     )
