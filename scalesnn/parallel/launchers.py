@@ -1,7 +1,7 @@
 """What each launcher says in the environment: one reader per launcher, all for ``topology.Topology``.
 
-A reader returns the fields of ``Topology`` as a dict. Sources: srun(1), "OUTPUT ENVIRONMENT VARIABLES"; torchrun's
-"Environment Variables", mpirun(1), the Kubeflow training operator's PyTorchJob, and what DeepSpeed 0.19 sets.
+A reader returns the fields of ``Topology`` as a dict. Sources: srun(1), mpirun(1), torchrun's manual for its
+environment variables, the Kubeflow training operator's PyTorchJob, and what DeepSpeed 0.19 sets.
 """
 
 from __future__ import annotations
