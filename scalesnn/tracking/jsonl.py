@@ -63,13 +63,22 @@ def set_aside(path: Path) -> None:
 class JsonlSink:
     """Append records to metrics.jsonl and events to events.jsonl; every line is flushed as it is written.
 
+    Args:
+        run_folder: the run's folder.
+        last_step: resumed after this optimizer step: later records are cut. None: a new run, and a
+            metrics.jsonl that is there already is set aside.
+
     Raises:
         OSError: the folder cannot be written (the tracker then switches this sink off).
     """
 
     name = "metrics.jsonl"
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, last_step: int | None = None) -> None:
+        if last_step is None:
+            set_aside(run_folder / "metrics.jsonl")
+        else:
+            cut_records(run_folder / "metrics.jsonl", last_step)
         self._metrics: IO[str] = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._events: IO[str] = (run_folder / "events.jsonl").open("a", encoding="utf-8")
 

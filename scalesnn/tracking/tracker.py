@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from scalesnn.tracking.console import ConsoleSink
-from scalesnn.tracking.jsonl import JsonlSink, cut_records, set_aside
+from scalesnn.tracking.jsonl import JsonlSink, read_jsonl
 from scalesnn.tracking.records import plain
 from scalesnn.tracking.tensorboard import TensorBoardSink
 from scalesnn.tracking.wandb_sink import WandbOptions, WandbSink
@@ -75,7 +75,6 @@ class Tracker(NullTracker):
     """Hand records to all sinks.
 
     Args:
-        sinks: where records go.
         total_steps: optimizer steps of the whole run, for the time left; 0: unknown.
         first_step: steps already done when this process started.
         seen: (split, step) of epoch records that are already on file: a repeated one is dropped.
@@ -83,19 +82,29 @@ class Tracker(NullTracker):
 
     def __init__(
         self,
-        sinks: list[Sink],
         *,
         total_steps: int = 0,
         first_step: int = 0,
         seen: set[tuple[str, int]] | None = None,
     ) -> None:
-        self._sinks = list(sinks)
+        self._sinks: list[Sink] = []
         self._total_steps = total_steps
         self._first_step = self._step = first_step
         self._seen = seen or set()
         self._clock: tuple[float, int] | None = None
         self._closed = False
         self._waiting: SimpleQueue[str] = SimpleQueue()  # lines for the user, from the sinks' threads
+
+    def add_sink(self, name: str, make: Callable[[], Sink]) -> None:
+        """Open a sink with ``make``; one that cannot be opened is left out, with a notice."""
+        try:
+            self._sinks.append(make())
+        except Exception as error:
+            self._say_off(name, error)
+
+    def notify_later(self, text: str) -> None:
+        """A notice from any thread: it is shown when the training loop next calls the tracker."""
+        self._waiting.put(text)
 
     def log_step(self, record: Record) -> None:
         """Log the record of the last steps: ``step``, ``epoch``, ``split`` ("train" unless given), and
@@ -164,8 +173,11 @@ class Tracker(NullTracker):
         summary = plain(summary or {})
         self._event({"event": "end", "summary": summary})
         last_lines: list[str] = []
-        for sink in sorted(self._sinks, key=lambda sink: isinstance(sink, ConsoleSink)):
+        for sink in reversed(list(self._sinks)):  # the console last: it shows what the others have to say
             self._safely(sink, partial(_close, sink, summary, last_lines))
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+            self._say_waiting()
         for line in last_lines:
             print(f"scalesnn: {line}", flush=True)
 
@@ -224,38 +236,21 @@ def create_tracker(
         first_step: optimizer steps already done, when resumed: records of later steps, left by the process
             before, are cut, so that the step axis has neither gap nor repeat.
     """
-    kept: list[Record] = []
-    failed: list[tuple[str, Exception]] = []
-    sinks: list[Sink] = [ConsoleSink()]
-
-    def open_sink(name: str, make: Callable[[], Sink]) -> None:
-        try:
-            sinks.append(make())
-        except Exception as error:
-            failed.append((name, error))
-
-    try:
-        if resumed:
-            kept = cut_records(run_folder / "metrics.jsonl", first_step)
-        else:
-            set_aside(run_folder / "metrics.jsonl")
-    except OSError as error:
-        failed.append(("metrics.jsonl", error))
-    epochs = [record for record in kept if record.get("kind") == "epoch"]
-    last_epoch = max((int(record.get("epoch", -1)) for record in epochs), default=-1)
-    open_sink("metrics.jsonl", lambda: JsonlSink(run_folder))
-    open_sink(
-        "TensorBoard",
-        lambda: TensorBoardSink(run_folder, first_step if resumed else None, last_epoch=last_epoch),
+    metrics = run_folder / "metrics.jsonl"
+    kept = (
+        [record for record in read_jsonl(metrics) if record.get("step", 0) <= first_step] if resumed else []
     )
+    epochs = [record for record in kept if record.get("kind") == "epoch"]
     tracker = Tracker(
-        sinks,
         total_steps=total_steps,
         first_step=first_step,
         seen={(str(record.get("split")), int(record.get("step", 0))) for record in epochs},
     )
-    for name, cause in failed:
-        tracker._say_off(name, cause)
+    tracker.add_sink("console", ConsoleSink)
+    tracker.add_sink("metrics.jsonl", lambda: JsonlSink(run_folder, first_step if resumed else None))
+    last_epoch = max((int(record.get("epoch", -1)) for record in epochs), default=-1)
+    last_step = first_step if resumed else -1
+    tracker.add_sink("TensorBoard", lambda: TensorBoardSink(run_folder, last_step, last_epoch))
     if args.wandb != "disabled":
         options = WandbOptions(
             mode=args.wandb,
@@ -268,12 +263,10 @@ def create_tracker(
             log_model=args.wandb_log_model,
             config=plain(config),
         )
-        try:
-            tracker._sinks.append(
-                WandbSink(run_folder, options, history=kept, resumed=resumed, notify=tracker._waiting.put)
-            )
-        except Exception as error:
-            tracker._say_off("W&B", error)
+        notify = tracker.notify_later
+        tracker.add_sink(
+            "W&B", lambda: WandbSink(run_folder, options, history=kept, resumed=resumed, notify=notify)
+        )
     tracker._event(
         {"event": "start", "resumed": resumed, "first_step": first_step, "total_steps": total_steps}
     )
