@@ -2,9 +2,9 @@
 
     python tools/make_sample.py DIR_WITH_THE_FOUR_GZ_FILES [scalesnn/data/sample/fashion-mnist]
 
-Takes the first 600 images of each class of the train file and the first 100 of each class of the t10k file, in file
-order, and writes them as grey 28 x 28 JPEGs of quality 95 in ImageNet's layout: train/CLASS/NNNNN.jpg and
-val/CLASS/NNNNN.jpg, NNNNN being the image's position in its original file.
+Takes the first 600 images of each class of the train file and the first 100 of each class of the t10k file,
+in file order, and writes them as grey 28 x 28 JPEGs of quality 95 in ImageNet's layout: train/CLASS/NNNNN.jpg
+and val/CLASS/NNNNN.jpg, NNNNN being the image's position in its original file.
 
 Fashion-MNIST: Xiao, Rasul and Vollgraf 2017, MIT licence; the original files are at
 https://github.com/zalandoresearch/fashion-mnist. Its LICENSE.txt is copied beside the images.
@@ -47,10 +47,15 @@ def read_idx(path: Path) -> np.ndarray:
 
 def main() -> None:
     """Write the folder that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="folder of the four .gz files and LICENSE.txt")
     parser.add_argument(
-        "target", type=Path, nargs="?", default=Path(__file__).parents[1] / "scalesnn/data/sample/fashion-mnist"
+        "target",
+        type=Path,
+        nargs="?",
+        default=Path(__file__).parents[1] / "scalesnn/data/sample/fashion-mnist",
     )
     args = parser.parse_args()
     for folder, stem, images_a_class in SPLITS:

@@ -1,0 +1,240 @@
+"""The loader on NVIDIA DALI: decoding and augmentation in native threads, on the CPU or on the GPU.
+
+A Python thread reads files and draws parameters; the main thread hands them to the pipeline and takes
+results. Batches
+in the pipeline are remembered until they come out: when a file cannot be decoded, DALI gives up the whole
+batch, so the pipeline is made anew, the culprit is found and replaced, and the batches are run again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scalesnn.data.augment import draw_train
+from scalesnn.data.dali_graph import (
+    dali,
+    evaluation_inputs,
+    make_evaluation_pipeline,
+    make_train_pipeline,
+    train_inputs,
+)
+from scalesnn.data.headers import BadImageError, as_bitmap, decode_rgb
+from scalesnn.data.index import ImageIndex
+from scalesnn.data.loader import Loader, LoaderSettings
+from scalesnn.data.mixing import Mixer
+from scalesnn.data.reading import Prefetcher, RawBatch, Reader
+from scalesnn.data.sampling import BatchKeys
+
+__all__ = ["DaliLoader", "dali_problem"]
+
+
+def dali_problem() -> str | None:
+    """Why DALI cannot be used here, or None."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except Exception as error:
+        return f"nvidia.dali cannot be imported ({error})"
+    return None
+
+
+@dataclass
+class _Prepared:
+    """A batch that is ready for the pipeline."""
+
+    number: int
+    raw: RawBatch
+    inputs: dict[str, np.ndarray]
+
+
+class DaliLoader(Loader):
+    """Loads images with DALI; arguments as ``Loader``."""
+
+    def __init__(
+        self, index: ImageIndex, settings: LoaderSettings, mixer: Mixer | None = None, repetitions: int = 1
+    ) -> None:
+        super().__init__(index, settings, mixer, repetitions)
+        self.threads = max(1, settings.workers)
+        self.depth = settings.prefetch
+        self.reader = Reader(self.bad, settings.train, self.threads)
+        self._pipeline: Any = None
+
+    def _prepare(self, epoch: int, number: int) -> _Prepared:
+        """Read and draw batch ``number``: a pure function of the files, the seed, epoch and number."""
+        settings = self.settings
+        raw = self.reader.read(self.keys(epoch, number))
+        if settings.train:
+            draws = draw_train(settings.recipe, settings.seed, epoch, raw.keys, raw.sizes)
+            inputs = train_inputs(settings.recipe, draws)
+        else:
+            inputs = evaluation_inputs(settings.recipe, raw.sizes)
+        return _Prepared(number, raw, inputs)
+
+    def _make_pipeline(self) -> Any:
+        """A new pipeline, warmed up with grey images: the first run of a pipeline must fill its whole
+        queue."""
+        settings = self.settings
+        make = make_train_pipeline if settings.train else make_evaluation_pipeline
+        half = settings.dtype == torch.float16
+        device = settings.device
+        pipeline = make(settings.recipe, settings.batch_size, self.threads, device, self.depth, half)
+        keys = BatchKeys(*(np.zeros(1, np.int64) for _ in range(4)))
+        grey = RawBatch(
+            keys, keys.images, [as_bitmap(np.full((64, 64, 3), 128, np.uint8))], np.array([[64, 64]]), 0
+        )
+        if settings.train:
+            inputs = train_inputs(settings.recipe, draw_train(settings.recipe, 0, 0, keys, grey.sizes))
+        else:
+            inputs = evaluation_inputs(settings.recipe, grey.sizes)
+        for _ in range(self.depth):
+            self._feed(pipeline, _Prepared(0, grey, inputs))
+        pipeline.schedule_run()
+        for _ in range(self.depth):
+            pipeline.share_outputs()
+            pipeline.release_outputs()
+        return pipeline
+
+    @staticmethod
+    def _feed(pipeline: Any, prepared: _Prepared) -> None:
+        pipeline.feed_input("raw", [np.frombuffer(data, np.uint8) for data in prepared.raw.data])
+        for name, values in prepared.inputs.items():
+            pipeline.feed_input(name, values)
+
+    def _run(self, prepared: _Prepared) -> None:
+        if self._pipeline is None:
+            self._pipeline = self._make_pipeline()
+        if len(prepared.raw.data):
+            self._feed(self._pipeline, prepared)
+            self._pipeline.schedule_run()
+
+    def _take(self, prepared: _Prepared) -> Tensor:
+        """The images of a batch that was run, in memory of their own. Raises RuntimeError when decoding
+        failed."""
+        settings = self.settings
+        if not len(prepared.raw.data):
+            size = settings.recipe.train_crop_size if settings.train else settings.recipe.val_crop_size
+            empty = torch.empty((0, 3, size, size), dtype=settings.dtype, device=settings.device)
+            return empty.contiguous(memory_format=torch.channels_last)
+        (output,) = self._pipeline.share_outputs()
+        images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+        if settings.device.type == "cuda":
+            images = images.to(settings.dtype, copy=True)
+            torch.cuda.current_stream(
+                settings.device
+            ).synchronize()  # the copy ends before DALI reuses the memory
+        else:
+            images = images.to(settings.device, settings.dtype, copy=True)
+        self._pipeline.release_outputs()
+        return images
+
+    def _batches(self, epoch: int, start: int) -> Generator[tuple[Tensor, Tensor, BatchKeys], None, None]:
+        prefetcher = Prefetcher(
+            lambda number: self._prepare(epoch, number), range(start, len(self)), self.depth
+        )
+        running: deque[_Prepared] = deque()
+        fetched = start
+        try:
+            for _ in range(start, len(self)):
+                while fetched < len(self) and len(running) < self.depth:
+                    prepared = prefetcher.get(wait=not running)
+                    if prepared is None:
+                        break
+                    assert isinstance(prepared, _Prepared)
+                    self._run(prepared)
+                    running.append(prepared)
+                    fetched += 1
+                try:
+                    images = self._take(running[0])
+                except RuntimeError as error:
+                    images = self._recover(epoch, running, error)
+                raw = running.popleft().raw
+                self.bad.replaced += raw.replaced
+                labels = torch.from_numpy(self.index.labels[raw.images])
+                yield images, labels.to(self.settings.device, non_blocking=True), raw.keys
+        finally:
+            prefetcher.close()
+            self._drop(running)
+
+    def _drop(self, running: deque[_Prepared]) -> None:
+        """Take what is still in the pipeline out of it."""
+        try:
+            for prepared in running:
+                if len(prepared.raw.data):
+                    self._pipeline.share_outputs()
+                    self._pipeline.release_outputs()
+        except (
+            RuntimeError
+        ):  # a bad image among what is dropped: it is found again when it is asked for again
+            self._pipeline = None
+        running.clear()
+
+    def _recover(self, epoch: int, running: deque[_Prepared], error: RuntimeError) -> Tensor:
+        """The first of ``running`` failed: find its bad images, prepare it again and run all of ``running``
+        again."""
+        for _ in range(self.settings.batch_size + 1):
+            self._find_bad(running[0].raw, error)
+            running[0] = self._prepare(epoch, running[0].number)
+            self._pipeline = None
+            for prepared in running:
+                self._run(prepared)
+            try:
+                return self._take(running[0])
+            except RuntimeError as again:
+                error = again
+        raise error
+
+    def _find_bad(self, raw: RawBatch, error: RuntimeError) -> None:
+        """Note the images of a failed batch that Pillow cannot decode, and those that only Pillow can.
+
+        Raises:
+            UserError: see BadImages.add.
+            RuntimeError: ``error``, when every image can be decoded: then it was not the images.
+        """
+        before = len(self.bad.reasons), len(self.reader.by_pillow)
+        suspects = []
+        for image, data in zip(raw.images.tolist(), raw.data, strict=True):
+            try:
+                decode_rgb(data)
+            except BadImageError as reason:
+                self.bad.add(image, str(reason))
+            else:
+                suspects.append((image, data))
+        if len(self.bad.reasons) > before[0]:
+            return
+        for image, data in suspects:
+            if image not in self.reader.by_pillow and not self._decodes(data):
+                self.reader.by_pillow.add(image)
+        if len(self.reader.by_pillow) == before[1]:
+            raise error
+
+    def _decodes(self, data: bytes) -> bool:
+        """Whether DALI decodes these bytes."""
+        from nvidia.dali.pipeline import Pipeline
+
+        device = self.settings.device
+        pipeline = Pipeline(
+            1, 1, (device.index or 0) if device.type == "cuda" else None, prefetch_queue_depth=1
+        )
+        fn, types = dali()
+        with pipeline:
+            raw = fn.external_source(name="raw", dtype=types.UINT8, ndim=1)
+            decoder = "mixed" if device.type == "cuda" else "cpu"
+            pipeline.set_outputs(fn.decoders.image(raw, device=decoder))
+        pipeline.feed_input("raw", [np.frombuffer(data, np.uint8)])
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End a running epoch, the reading threads and the pipeline."""
+        super().close()
+        self.reader.close()
+        self._pipeline = None

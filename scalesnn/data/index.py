@@ -1,0 +1,190 @@
+"""The list of a data set's images: where the bytes of each are, and its class.
+
+An ``ImageIndex`` is a small set of arrays, and ``read(i)`` gives the bytes of image i. A folder of images and
+a set of shards (see shards.py) differ only in where the bytes lie, so order, augmentation, evaluation and
+resume are the same code for all formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from scalesnn.base import UserError
+
+__all__ = ["IMAGE_EXTENSIONS", "ImageIndex", "folder_stamp", "index_folder"]
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class ImageIndex:
+    """The images of one split.
+
+    Args:
+        classes: class names, sorted; labels are places in this list.
+        labels: int64 [N].
+        files: the files that hold bytes: one an image, or the shards.
+        names: a name for each image, relative to ``root``, for messages.
+        root: the folder that everything is relative to.
+        shard, offset, length: int64 [N] each, where image i lies inside ``files[shard[i]]``; None where every
+            image is a file of its own, and ``files[i]`` is image i.
+    """
+
+    def __init__(
+        self,
+        classes: list[str],
+        labels: np.ndarray,
+        files: list[str],
+        root: Path,
+        *,
+        names: list[str] | None = None,
+        shard: np.ndarray | None = None,
+        offset: np.ndarray | None = None,
+        length: np.ndarray | None = None,
+    ) -> None:
+        self.classes = classes
+        self.labels = np.asarray(labels, np.int64)
+        self.files = files
+        self.root = root
+        self.names = files if names is None else names
+        self.shard, self.offset, self.length = shard, offset, length
+        self._descriptors: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, image: int) -> bytes:
+        """The bytes of image ``image``. Threads may call this at the same time.
+
+        Raises:
+            OSError: the file cannot be read, or ends before the image does.
+        """
+        if self.shard is None or self.offset is None or self.length is None:
+            with open(os.path.join(self.root, self.files[image]), "rb", buffering=0) as file:
+                return file.read()
+        shard, length = int(self.shard[image]), int(self.length[image])
+        descriptor = self._descriptors.get(shard)
+        if descriptor is None:
+            opened = os.open(os.path.join(self.root, self.files[shard]), os.O_RDONLY)
+            descriptor = self._descriptors.setdefault(shard, opened)
+            if descriptor != opened:  # another thread was first
+                os.close(opened)
+        data = os.pread(descriptor, length, int(self.offset[image]))
+        if len(data) < length:
+            raise OSError(f"{self.files[shard]} ends inside {self.names[image]}")
+        return data
+
+    def path(self, image: int) -> str:
+        """The full name of image ``image``, for messages; an image in a shard is SHARD#NAME."""
+        if self.shard is None:
+            return os.path.join(self.root, self.names[image])
+        return f"{os.path.join(self.root, self.files[int(self.shard[image])])}#{self.names[image]}"
+
+    def without(self, bad: set[str]) -> ImageIndex:
+        """The index without the images whose ``path`` is in ``bad``."""
+        keep = np.array([self.path(image) not in bad for image in range(len(self))], bool)
+        if keep.all():
+            return self
+        chosen = np.flatnonzero(keep)
+        names = [self.names[image] for image in chosen]
+        if self.shard is None or self.offset is None or self.length is None:
+            return ImageIndex(self.classes, self.labels[keep], names, self.root)
+        return ImageIndex(
+            self.classes,
+            self.labels[keep],
+            self.files,
+            self.root,
+            names=names,
+            shard=self.shard[keep],
+            offset=self.offset[keep],
+            length=self.length[keep],
+        )
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change with the list of images, their order or their labels."""
+        digest = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape"))
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()[:16]
+
+    def close(self) -> None:
+        """Close the shards that reading opened; the index may be used again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_descriptors": {}}
+
+
+def folder_stamp(root: Path) -> str:
+    """A short text that changes when a file is added to or removed from a class folder of ``root``."""
+    digest = hashlib.sha256(str(root.resolve()).encode())
+    for entry in sorted(_class_folders(root), key=lambda entry: entry.name):
+        digest.update(f"{entry.name} {entry.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _class_folders(root: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(root) as entries:
+        return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _files_below(folder: str, extensions: tuple[str, ...]) -> list[str]:
+    """The files with one of ``extensions`` below ``folder``, at any depth as torchvision takes them,
+    sorted."""
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        found.extend(
+            os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(extensions)
+        )
+    return found
+
+
+def index_folder(
+    root: Path, classes: list[str] | None = None, extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+) -> ImageIndex:
+    """List ROOT/CLASS/*.jpg and the like, as torchvision's ImageFolder does: classes and files in sorted
+    order.
+
+    Args:
+        root: the folder of one split.
+        classes: the classes of the training split, where this is the validation split: the folders must be
+            the same.
+        extensions: which files count (in any case).
+
+    Raises:
+        UserError: no folder, no class folder, a class without an image, or other classes than ``classes``.
+    """
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: the data folder must hold train/CLASS/*.jpg and val/CLASS/*.jpg")
+    found = sorted(entry.name for entry in _class_folders(root))
+    if not found:
+        raise UserError(f"{root} holds no class folders: expected {root}/CLASS/*.jpg")
+    if classes is not None:
+        missing, unknown = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+        if missing:
+            raise UserError(f"{root} has no folder for {_some(missing, 'class')} of the training images")
+        if unknown:
+            raise UserError(f"{root} has {_some(unknown, 'class')} that the training images do not have")
+    with ThreadPoolExecutor(min(16, len(found))) as pool:
+        lists = list(pool.map(lambda name: _files_below(os.path.join(root, name), extensions), found))
+    empty = [name for name, files in zip(found, lists, strict=True) if not files]
+    if empty:
+        raise UserError(f"{root}: no image in {_some(empty, 'class')}; known are {' '.join(extensions)}")
+    prefix = len(os.path.join(root, ""))
+    files = [file[prefix:] for group in lists for file in group]
+    labels = np.repeat(np.arange(len(found)), [len(group) for group in lists])
+    return ImageIndex(found, labels, files, root)
+
+
+def _some(names: list[str], what: str) -> str:
+    """'class a', or 'classes a, b, c and 7 more'."""
+    if len(names) == 1:
+        return f"{what} {names[0]}"
+    plural = what + ("es" if what.endswith("s") else "s")
+    tail = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{plural} {', '.join(names[:3])}{tail}"

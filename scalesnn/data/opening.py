@@ -1,0 +1,218 @@
+"""From the command line to the two loaders of a run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scalesnn.base import UserError
+from scalesnn.data.arguments import default_workers
+from scalesnn.data.augment import Recipe
+from scalesnn.data.index import ImageIndex, folder_stamp, index_folder
+from scalesnn.data.loader import Loader, LoaderSettings
+from scalesnn.data.mixing import Mixer
+from scalesnn.data.policies import stages_of
+
+__all__ = ["BAD_LIST", "SAMPLE", "Data", "open_data", "read_bad_list"]
+
+log = logging.getLogger("scalesnn.data")
+
+SAMPLE = Path(__file__).parent / "sample" / "fashion-mnist"
+BAD_LIST = "bad-images.txt"
+
+
+@dataclass
+class Data:
+    """What a run trains on.
+
+    Attributes:
+        train, val: the loaders.
+        classes: class names; a label is a place in this list.
+        notices: lines for the user, collected while opening.
+        fingerprint: changes with the list of images or labels: two ranks, or a run and the one it continues,
+            that differ here see different data.
+    """
+
+    train: Loader
+    val: Loader
+    classes: list[str]
+    notices: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+
+    def close(self) -> None:
+        """End threads and processes."""
+        self.train.close()
+        self.val.close()
+
+
+def _check(args: argparse.Namespace, batch_size: int) -> Recipe:
+    """The recipe that the flags state.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+    for flag in ("train_crop_size", "val_resize_size", "val_crop_size", "ra_reps"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers must be 0 or more, got {args.workers}")
+    if not 0 <= args.random_erase <= 1:
+        raise UserError(f"--random-erase is a probability, 0 to 1, got {args.random_erase}")
+    if not 0 < args.train_crop_area <= 1:
+        raise UserError(f"--train-crop-area is a share, above 0 and at most 1, got {args.train_crop_area}")
+    for flag in ("mixup_alpha", "cutmix_alpha"):
+        if getattr(args, flag) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be 0 or more, got {getattr(args, flag)}")
+    policy = args.auto_augment or "none"
+    stages_of(policy)
+    if args.interpolation not in ("nearest", "bilinear", "bicubic"):
+        raise UserError(f"--interpolation must be nearest, bilinear or bicubic, got {args.interpolation!r}")
+    return Recipe(
+        train_crop_size=args.train_crop_size,
+        val_resize_size=args.val_resize_size,
+        val_crop_size=args.val_crop_size,
+        minimum_area=args.train_crop_area,
+        interpolation=args.interpolation,
+        policy=policy,
+        erase=args.random_erase,
+    )
+
+
+def read_bad_list(path: Path, root: Path) -> set[str]:
+    """The images that a list of `scalesnn data check` names, as full paths: one a line, up to a tab; # begins
+    a comment.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise UserError(f"--bad-image-list {path}: {error.strerror}") from error
+    return {str(root / line.split("\t")[0]) for line in lines if line.strip() and not line.startswith("#")}
+
+
+def _index(root: Path, classes: list[str] | None, cache: Path | None) -> ImageIndex:
+    """The index of one split, from ``cache`` where that is a folder that has it."""
+    if cache is None or not root.is_dir():
+        return index_folder(root, classes)
+    file = cache / f"{root.name}-{folder_stamp(root)}.npz"
+    if file.is_file():
+        with np.load(file) as stored:
+            names = str(stored["names"]).split("\n")
+            index = ImageIndex(str(stored["classes"]).split("\n"), stored["labels"], names, root)
+        if classes is None or classes == index.classes:
+            return index
+    index = index_folder(root, classes)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{id(index)}.partial.npz")
+    np.savez(partial, names="\n".join(index.names), classes="\n".join(index.classes), labels=index.labels)
+    partial.replace(file)
+    return index
+
+
+def open_data(
+    args: argparse.Namespace,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Data:
+    """Open the data set that the flags of ``add_data_arguments`` name.
+
+    Args:
+        args: the parsed flags; ``output_dir``, where there is one, is the place of --cache-dataset.
+        batch_size: images a rank and step.
+        seed: of order and augmentation.
+        rank, world_size: this process among all.
+        device, dtype: of the batches.
+
+    Raises:
+        UserError: a flag, a folder or an image list that cannot be; before any image is decoded.
+    """
+    device = torch.device(device)
+    recipe = _check(args, batch_size)
+    notices: list[str] = []
+    root = Path(args.data_path) if args.data_path else SAMPLE
+    if not args.data_path:
+        notices.append(f"no --data-path: training on the images that ship with scalesnn ({SAMPLE.name})")
+    if not root.is_dir():
+        raise UserError(f"--data-path {root}: no such folder")
+    cache = Path(getattr(args, "output_dir", None) or ".") / "data-index" if args.cache_dataset else None
+    train_index = _index(root / "train", None, cache)
+    val_index = _index(root / "val", train_index.classes, cache)
+    listed = Path(args.bad_image_list) if args.bad_image_list else root / BAD_LIST
+    if args.bad_image_list or listed.is_file():
+        bad = read_bad_list(listed, root)
+        known = len(train_index) + len(val_index)
+        train_index, val_index = train_index.without(bad), val_index.without(bad)
+        left_out = known - len(train_index) - len(val_index)
+        if left_out and args.bad_images == "stop":
+            raise UserError(f"{listed} names {left_out} bad images (--bad-images skip goes on without them)")
+        if not len(train_index) or not len(val_index):
+            raise UserError(f"{listed} leaves no image to train or to validate on")
+        notices.append(f"{left_out} images are left out, as {listed} says")
+
+    loader_class = _loader_class(args.loader)
+    mixer = None
+    if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
+        mixer = Mixer(seed, len(train_index.classes), args.mixup_alpha, args.cutmix_alpha)
+        if batch_size % 2 and world_size > 1:
+            notices.append(
+                f"an odd batch size ({batch_size}) on {world_size} ranks: the partners of mixup and cutmix "
+                "depend on the number of ranks"
+            )
+    if recipe.policy != "none" and recipe.interpolation == "bicubic" and args.loader == "dali":
+        notices.append("--interpolation bicubic: the policy's shears and rotations stay bilinear with DALI")
+
+    def settings(train: bool) -> LoaderSettings:
+        return LoaderSettings(
+            recipe=recipe,
+            train=train,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            dtype=dtype,
+            workers=default_workers() if args.workers is None else args.workers,
+            skip_bad=args.bad_images == "skip",
+            pin_memory=not args.disable_pinmemory,
+        )
+
+    train = loader_class(train_index, settings(True), mixer, args.ra_reps if args.ra_sampler else 1)
+    val = loader_class(val_index, settings(False))
+    if len(train_index) < batch_size * world_size:
+        notices.append(
+            f"{len(train_index)} training images are fewer than a global batch of {batch_size * world_size}: "
+            "images repeat inside a batch"
+        )
+    return Data(train, val, train_index.classes, notices, train_index.fingerprint() + val_index.fingerprint())
+
+
+def _loader_class(name: str) -> type[Loader]:
+    """The class behind --loader.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    if name == "torchvision":
+        from scalesnn.data.torchvision_loader import TorchvisionLoader
+
+        return TorchvisionLoader
+    from scalesnn.data.dali_loader import DaliLoader, dali_problem
+
+    problem = dali_problem()
+    if problem is not None:
+        raise UserError(f"--loader dali: {problem}; install it, or take --loader torchvision")
+    return DaliLoader
