@@ -179,7 +179,7 @@ class WandbSink:
                     reason = f"wandb.init failed ({_first_line(error)})"
         run = self._init(wandb, "offline")
         if reason:
-            self._notify(f"W&B is offline: {reason}. Upload at any time with: {sync_command(_folder(run))}")
+            self._notify(f"W&B is offline: {reason}")
         return run
 
     def _init(self, wandb: Any, mode: str) -> Any:
