@@ -265,12 +265,13 @@ def test_counts_of_tasks(pairs):
 def test_the_mesh_and_the_process_group_of_two_real_processes():
     """torchrun's own children, two 'nodes' of one: the mesh's groups are the nodes' ranks."""
     program = """
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from scalesnn.parallel.topology import Topology
 t = Topology.from_environment(); t.export_environment()
 dist.init_process_group("gloo"); mesh = t.device_mesh("cpu")
 x = torch.ones(1) * (t.rank + 1); dist.all_reduce(x, group=mesh["shard"].get_group())
-print(t.source, t.rank, t.world_size, t.local_world_size, tuple(mesh.shape), x.item(), flush=True)
+line = f"{t.source} {t.rank} {t.world_size} {t.local_world_size} {tuple(mesh.shape)} {x.item()}"
+os.write(1, line.encode() + bytes([10]))
 dist.destroy_process_group()
 """
     done = subprocess.run(
