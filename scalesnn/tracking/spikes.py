@@ -210,13 +210,20 @@ def active_window(node: BaseNode) -> tuple[float, float] | None:
 
     Returns None for a surrogate without a derivative. Looked for between -8 and 8.
     """
-    x = torch.linspace(-8.0, 8.0, 3201, dtype=torch.float64)
+
+    def slope(x: Tensor) -> Tensor:
+        return node.surrogate_function.derivative(x).abs()
+
+    points = torch.linspace(-8.0, 8.0, 3201, dtype=torch.float64)
     try:
-        slope = node.surrogate_function.derivative(x).abs()
+        least = 0.1 * slope(points).max()
     except NotImplementedError:
         return None
-    active = x[slope >= 0.1 * slope.max()]
-    return active[0].item(), active[-1].item()
+    active = points[slope(points) >= least]
+    gap = points[1] - points[0]
+    low = torch.linspace(active[0] - gap, active[0], 3201, dtype=torch.float64)
+    high = torch.linspace(active[-1], active[-1] + gap, 3201, dtype=torch.float64)
+    return low[slope(low) >= least][0].item(), high[slope(high) >= least][-1].item()
 
 
 def _membrane_metrics(name: str, layer: _Layer) -> dict[str, float]:
