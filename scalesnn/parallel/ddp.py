@@ -1,0 +1,56 @@
+"""DistributedDataParallel: the whole model on every rank, gradients averaged while backward still runs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from scalesnn.parallel.strategy import MakeOptimizer, MakeScheduler, Strategy
+
+__all__ = ["DDPStrategy"]
+
+
+class DDPStrategy(Strategy):
+    """Train with DDP.
+
+    Running statistics are not broadcast at every step (``--ddp-broadcast-buffers`` asks for it): they are
+    averaged before they are used. Options: ``--ddp-static-graph`` (the same parameters take part in every
+    step), ``--ddp-bf16-gradients`` (gradients travel as bfloat16: half the traffic, rounded).
+    """
+
+    name = "ddp"
+    wrapped: DistributedDataParallel
+
+    def _prepare(self, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
+        known = inspect.signature(DistributedDataParallel).parameters
+        broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        self.wrapped = DistributedDataParallel(
+            self.module,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            **{broadcast: bool(getattr(self.args, "ddp_broadcast_buffers", False))},
+            gradient_as_bucket_view=True,
+            static_graph=bool(getattr(self.args, "ddp_static_graph", False)),
+        )
+        if getattr(self.args, "ddp_bf16_gradients", False):
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            self.wrapped.register_comm_hook(None, bf16_compress_hook)
+        self.model = self.wrapped
+        self.optimizer = make_optimizer(self.module)
+        self.scheduler = make_scheduler(self.optimizer)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        stack = contextlib.ExitStack()
+        if not self.closes_step:
+            stack.enter_context(self.wrapped.no_sync())
+        stack.enter_context(super().autocast())
+        return stack
+
+    @property
+    def evaluation_model(self) -> nn.Module:
+        return self.module

@@ -1,0 +1,231 @@
+"""DeepSpeed: ZeRO 0 (like DDP), 1 (optimizer state split), 2 (gradients too), 3 (weights too), with
+offload."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sysconfig
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalesnn.base import UserError
+from scalesnn.parallel.deepspeed_config import read_config, resolve_config
+from scalesnn.parallel.state import Shard, shard_of, write_values
+from scalesnn.parallel.strategy import MakeOptimizer, MakeScheduler, StepResult, Strategy, first_line
+from scalesnn.parallel.topology import Topology
+from scalesnn.parallel.zero_state import PartitionedGroups, PartitionedParameters
+
+__all__ = ["DeepSpeedStrategy", "EngineSchedule"]
+
+
+class EngineSchedule:
+    """The schedule that a JSON defines: DeepSpeed moves it on at every update, so the epoch's step does
+    nothing."""
+
+    def __init__(self, schedule: Any) -> None:
+        self.schedule = schedule
+
+    def step(self) -> None:
+        """Do nothing; ``engine.step`` has moved the schedule."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the schedule."""
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the schedule."""
+        self.schedule.load_state_dict(state)
+
+    def get_last_lr(self) -> list[float]:
+        """The rates now in use."""
+        return self.schedule.get_last_lr()
+
+
+class DeepSpeedStrategy(Strategy):
+    """Train with a DeepSpeed engine made from ``--deepspeed_config``.
+
+    The Trainer's optimizer is the engine's client optimizer, and its schedule is stepped once an epoch,
+    unless the JSON has sections ``optimizer`` or ``scheduler``. ``args`` takes batch size, accumulation,
+    clipping and learning rate from the JSON (see :mod:`scalesnn.parallel.deepspeed_config`).
+    """
+
+    name = "deepspeed"
+    engine: Any
+
+    def __init__(self, args: Any, topology: Topology) -> None:
+        path = args.deepspeed_config
+        self.config = resolve_config(read_config(path), args, topology.world_size, path=path)
+        super().__init__(args, topology)
+        self.stage: int = self.config.get("zero_optimization", {}).get("stage", 0)
+        self._parts: PartitionedGroups | PartitionedParameters | None = None
+        self._groups: list[list[str]] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def setup_device(self, device_flag: str = "auto") -> torch.device:
+        device = super().setup_device(device_flag)
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        deepspeed = import_deepspeed(verbose=getattr(self.args, "verbose", False))
+        if device.type == "cpu":
+            # DeepSpeed would compile a shared-memory collective here, for inference only: over a minute,
+            # and a compiler needed, on every new machine. Its table of usable ops says whether to.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
+        return device
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        section = self.config.get("torch_autocast") or {}
+        if not section.get("enabled"):
+            return None
+        return {"float16": torch.float16, "fp16": torch.float16}.get(
+            str(section.get("dtype")), torch.bfloat16
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        # The engine sets up its own context inside; this one is for the loss and what else runs outside it.
+        return super().autocast()
+
+    def _prepare(self, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
+        import deepspeed
+
+        if super().amp_dtype is not None:
+            self.config.setdefault("torch_autocast", {"enabled": True, "dtype": "bfloat16"})
+        client = make_optimizer(self.module)
+        groups = [g for g in client.param_groups if g["params"]]
+        self._groups = [[self._names[p] for p in group["params"]] for group in groups]
+        self._shapes = {name: tuple(p.shape) for p, name in self._names.items()}
+        own_optimizer = "optimizer" in self.config
+        parameters = [{"params": g["params"], "weight_decay": g.get("weight_decay", 0.0)} for g in groups]
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=self.module,
+                optimizer=None if own_optimizer else client,
+                model_parameters=parameters if own_optimizer else None,
+                config=self.config,
+                dist_init_required=False,
+            )
+        except (AssertionError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            if type(error).__module__.startswith(("torch", "builtins")) and isinstance(error, RuntimeError):
+                raise
+            raise UserError(
+                f"{self.args.deepspeed_config}: DeepSpeed refuses it: {first_line(error)}"
+            ) from error
+        self.model = self.engine
+        self.optimizer = self.engine.basic_optimizer
+        if self.stage == 3:
+            self._parts = PartitionedParameters(self.engine.optimizer, self._names, self._shapes)
+        elif self.stage:
+            self._parts = PartitionedGroups(self.engine.optimizer, self._names, self._shapes)
+        if self.engine.lr_scheduler is not None:
+            self.scheduler = EngineSchedule(self.engine.lr_scheduler)
+        else:
+            self.scheduler = make_scheduler(self.optimizer)
+
+    def backward(self, loss: Tensor) -> bool:
+        self.engine.set_gradient_accumulation_boundary(self.closes_step)
+        self.engine.backward(loss)
+        self._micro_batches += 1
+        return True
+
+    def step(self) -> StepResult:
+        if not self._micro_batches:
+            return StepResult(None, False)
+        self.engine.step()
+        if self._micro_batches < self.accumulation:
+            return StepResult(None, False)
+        self._micro_batches = 0
+        return StepResult(self.engine.get_global_grad_norm(), True)
+
+    def close(self) -> None:
+        self.engine.destroy()
+        super().close()
+
+    # ---- state ----
+
+    def group_names(self) -> list[list[str]]:
+        return self._groups
+
+    def _frozen(self) -> dict[nn.Parameter, str]:
+        """Parameters that are not trained, which ZeRO's optimizer does not know."""
+        trained = {name for group in self._groups for name in group}
+        return {p: name for p, name in self._names.items() if name not in trained or not p.requires_grad}
+
+    def parameter_shards(self) -> dict[str, Shard]:
+        if self._parts is None:
+            return super().parameter_shards()
+        shards = self._parts.parameter_shards()
+        for parameter, name in self._frozen().items():
+            shards[name] = self._frozen_shard(parameter, name)
+        return shards
+
+    def _frozen_shard(self, parameter: nn.Parameter, name: str) -> Shard:
+        if self.stage < 3:
+            return shard_of(parameter)
+        part: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+        start = self.rank * part.ds_numel
+        held = max(0, min(part.ds_numel, torch.Size(self._shapes[name]).numel() - start))
+        return Shard(part.detach().view(-1)[:held], start, self._shapes[name])
+
+    def write_parameters(self, values: Mapping[str, Tensor]) -> None:
+        if self._parts is None:
+            return super().write_parameters(values)
+        for parameter, name in self._frozen().items():
+            if name in values:
+                if self.stage < 3:
+                    write_values(parameter, values[name])
+                else:
+                    self._frozen_shard(parameter, name).values.copy_(values[name])
+        self._parts.write_parameters(values)
+
+    def optimizer_shards(self) -> dict[str, Shard]:
+        return super().optimizer_shards() if self._parts is None else self._parts.optimizer_shards()
+
+    def write_optimizer(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if self._parts is None:
+            super().write_optimizer(saved)
+        else:
+            self._parts.write_optimizer(saved)
+
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def full_model_state(self) -> dict[str, Tensor]:
+        if self.stage < 3:
+            return super().full_model_state()
+        import deepspeed
+
+        self.sync_buffers()
+        state: dict[str, Tensor] = {}
+        for parameter, name in self._names.items():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=True):
+                if self.is_main:
+                    state[name] = parameter.detach().cpu().clone()
+        if not self.is_main:
+            return {}
+        order = self.module.state_dict(keep_vars=True)
+        return {n: state[n] if n in state else value.detach().cpu().clone() for n, value in order.items()}
+
+
+def import_deepspeed(*, verbose: bool) -> Any:
+    """Import DeepSpeed; its chatter below errors is kept off the console unless ``verbose``.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    # Its run-time builds call `ninja`, which pip puts beside python: there too when no environment is
+    # activated.
+    scripts = sysconfig.get_path("scripts")
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"--strategy deepspeed needs the package deepspeed: {first_line(error)}") from None
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.INFO if verbose else logging.ERROR)
+    return deepspeed

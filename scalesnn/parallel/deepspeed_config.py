@@ -1,0 +1,140 @@
+"""DeepSpeed's JSON and the command line: one value for each thing.
+
+A number in the JSON must agree with the flag of the same meaning where the user gave that flag. A flag left
+at its default takes the JSON's value, and ``"auto"`` (or nothing) in the JSON takes the flag's. What
+DeepSpeed would choose by itself is written out: left unset, it clips gradients at norm 1.0.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scalesnn.base import UserError
+
+__all__ = ["read_config", "resolve_config"]
+
+# (place in the JSON, flag): both set the same thing.
+PAIRS = {
+    ("train_micro_batch_size_per_gpu",): "batch_size",
+    ("gradient_accumulation_steps",): "gradient_accumulation",
+    ("gradient_clipping",): "clip_grad_norm",
+    ("optimizer", "params", "lr"): "lr",
+    ("optimizer", "params", "weight_decay"): "weight_decay",
+    ("optimizer", "params", "momentum"): "momentum",
+}
+FLAG_NAMES = {"weight_decay": "--weight-decay", "lr": "--lr", "momentum": "--momentum"}
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        UserError: the file cannot be read or is not a JSON object.
+    """
+    try:
+        config = json.loads(Path(path).expanduser().read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--deepspeed_config {path}: not a text file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"--deepspeed_config {path}, line {error.lineno}: not valid JSON: {error.msg}"
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed_config {path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def resolve_config(
+    config: dict[str, Any], args: Any, world_size: int, *, path: str = "the JSON"
+) -> dict[str, Any]:
+    """Bring JSON and flags together: returns the complete configuration, and writes the JSON's values to
+    ``args``.
+
+    Args:
+        config: as read; it is not changed.
+        args: the parsed command line; ``args.explicit`` holds the destinations that the user gave.
+        world_size: number of processes.
+        path: of the JSON, for messages.
+
+    Raises:
+        UserError: the JSON and a flag the user gave disagree (both values are shown), or a setting cannot
+            work.
+    """
+    config = json.loads(json.dumps(config))
+    explicit: set[str] = set(getattr(args, "explicit", None) or ())
+    for place, flag in PAIRS.items():
+        settle(config, place, args, flag, explicit, path)
+    check_sections(config, args, explicit, path)
+    config["train_micro_batch_size_per_gpu"] = args.batch_size
+    config["gradient_accumulation_steps"] = args.gradient_accumulation
+    product = args.batch_size * args.gradient_accumulation * world_size
+    total = config.get("train_batch_size", "auto")
+    if total not in ("auto", product):
+        raise UserError(
+            f"{path}: train_batch_size is {total}, but batch size {args.batch_size} × gradient accumulation "
+            f"{args.gradient_accumulation} × {world_size} process(es) is {product}"
+        )
+    config["train_batch_size"] = product
+    config["gradient_clipping"] = float(args.clip_grad_norm or 0.0)
+    config["zero_allow_untested_optimizer"] = True
+    config.setdefault("steps_per_print", 10**12)
+    zero = config.get("zero_optimization", {})
+    if zero.get("offload_optimizer") and "optimizer" not in config:
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    return config
+
+
+def settle(
+    config: dict[str, Any], place: tuple[str, ...], args: Any, flag: str, explicit: set[str], path: str
+) -> None:
+    """Settle one value that both the JSON (at ``place``) and a flag can set."""
+    section: Any = config
+    for key in place[:-1]:
+        section = section.get(key) if isinstance(section, dict) else None
+    key = place[-1]
+    if not isinstance(section, dict) or key not in section or not hasattr(args, flag):
+        return
+    value, given = section[key], getattr(args, flag)
+    if value == "auto":
+        section[key] = given if given is not None else 0.0
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f'{path}: {".".join(place)} must be a number or "auto", got {json.dumps(value)}')
+    if flag in ("batch_size", "gradient_accumulation") and (value < 1 or value != int(value)):
+        raise UserError(f"{path}: {key} must be a whole number of at least 1, got {value}")
+    if flag in explicit and (given or 0) != value:
+        raise UserError(
+            f"{path} says {'.'.join(place)}: {value}, but {option(flag)} says {given}; "
+            'leave one of them out, or write "auto" in the JSON'
+        )
+    setattr(args, flag, value)
+
+
+def check_sections(config: dict[str, Any], args: Any, explicit: set[str], path: str) -> None:
+    """Refuse sections that contradict flags or cannot train a network with BatchNorm."""
+    for section, flags in {"optimizer": ("opt",), "scheduler": ("lr_scheduler", "lr_warmup_epochs")}.items():
+        for flag in flags:
+            if section in config and flag in explicit:
+                raise UserError(
+                    f"{path} defines its own {section}, but {option(flag)} {getattr(args, flag)} was given; "
+                    "leave one of them out"
+                )
+    for section in ("bf16", "bfloat16", "fp16"):
+        if isinstance(config.get(section), dict) and config[section].get("enabled"):
+            raise UserError(
+                f"{path}: DeepSpeed's {section} section turns BatchNorm's weights to half precision, and its "
+                'statistics with them; write "torch_autocast": {"enabled": true, "dtype": "bfloat16"} instead'
+            )
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        stage = zero.get("stage") if isinstance(zero, dict) else zero
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {json.dumps(stage)}")
+
+
+def option(flag: str) -> str:
+    """``batch_size`` → ``--batch-size``."""
+    return FLAG_NAMES.get(flag, "--" + flag.replace("_", "-"))
