@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from scalesnn.parallel.strategy import Strategy
 from scalesnn.tracking import NullTracker, SpikeMonitor, StepTimer, Tracker
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.ema import ModelEma
+from scalesnn.training.hang_watch import HangWatch
 from scalesnn.training.metrics import Averages, fit_targets
+from scalesnn.training.preemption import Preemption
 
 if TYPE_CHECKING:
     from scalesnn.model.train_classify import Trainer
@@ -37,11 +39,11 @@ class Run:
     tracker: Tracker | NullTracker
     checkpoints: CheckpointManager
     progress: Progress
+    timer: StepTimer
+    spikes: SpikeMonitor
+    preemption: Preemption
+    hang_watch: HangWatch
     ema: ModelEma | None = None
-    timer: StepTimer = field(default_factory=StepTimer)
-    spikes: SpikeMonitor | None = None
-    interruption: Any = None  # tells whether a signal asks the run to end at the next step boundary
-    interrupted: bool = False
     averages: Averages | None = None  # of the epoch so far
 
     @property
@@ -49,11 +51,10 @@ class Run:
         """Whether --max-steps is reached."""
         return self.args.max_steps is not None and self.progress.step >= self.args.max_steps
 
-    def check_interruption(self) -> bool:
-        """Whether a signal was seen on any rank; collective, so all ranks ask after the same step."""
-        if self.interruption is not None and not self.interrupted:
-            self.interrupted = self.interruption.agree(self.strategy)
-        return self.interrupted
+    @property
+    def interrupted(self) -> bool:
+        """Whether all ranks have agreed to end after a signal."""
+        return self.preemption.was_agreed
 
     def save(self, *, is_best: bool = False) -> Path:
         """Write a checkpoint of this moment; collective."""
@@ -78,7 +79,7 @@ def train_one_epoch(
         strategy.step                            accumulates, clips, scales, updates; may skip on NaN
         ema.update
         log_step, run.save                       where --metrics-every, --save-every say so
-        run.check_interruption, run.finished     all ranks agree
+        preemption.agreed, run.finished          all ranks end at the same step
 
     Returns:
         means of loss, acc1, acc5 over the images of the epoch, over all ranks.
@@ -89,7 +90,7 @@ def train_one_epoch(
     run.averages = run.averages or Averages(NAMES, run.device)
     of_step = Averages(NAMES, run.device)
     for images, targets in timer.data(loader.epoch(epoch, progress.batch)):
-        with timer.phase("forward"), strategy.autocast():
+        with timer.phase("forward"), strategy.autocast(), run.spikes.watch(progress.step + 1):
             output_NK = trainer.process_model_output(
                 args, model(trainer.preprocess_train_sample(args, images))
             )
@@ -97,13 +98,16 @@ def train_one_epoch(
         with timer.phase("backward"):
             strategy.backward(loss)
             functional.reset_net(model)
+            run.spikes.gradients()
         with timer.phase("optimizer"):
             result = strategy.step()
 
         acc1, acc5 = trainer.cal_acc1_acc5(output_NK.detach(), targets)
         for averages in (run.averages, of_step):
             averages.add({"loss": loss, "acc1": acc1, "acc5": acc5}, len(targets))
+        run.hang_watch.tick()
         progress.batch += 1
+        progress.images_seen += len(targets) * strategy.world_size
         if not result.stepped:  # a micro-batch of an accumulated step
             continue
         progress.step += 1
@@ -111,7 +115,7 @@ def train_one_epoch(
             run.ema.update(progress.step, warming_up=epoch < args.lr_warmup_epochs)
         log_step(run, of_step, result.grad_norm)
         of_step.reset()
-        if run.check_interruption() or run.finished:
+        if run.preemption.agreed(strategy) or run.finished:
             break
         if args.save_every and progress.step % args.save_every == 0 and progress.batch < len(loader):
             run.save()
@@ -134,24 +138,28 @@ def check_targets(run: Run, targets: Tensor, output_NK: Tensor) -> Tensor:
 
 
 def log_step(run: Run, of_step: Averages, grad_norm: Tensor | float | None) -> None:
-    """Write one line of metrics every --metrics-every steps; only then is the device waited for."""
-    progress = run.progress
-    if progress.step % run.args.metrics_every:
+    """Show the step; every --metrics-every steps write its metrics. Only then is the device waited for."""
+    step, epoch = run.progress.step, run.progress.epoch
+    place = {"step": step, "epoch": epoch, "split": "train"}
+    due = step % run.args.metrics_every == 0
+    if not due and not run.spikes.due(step):
+        run.tracker.progress({**place, **of_step.latest(), **run.data.train.stats})
         return
     record: dict[str, Any] = {
-        "step": progress.step,
-        "epoch": progress.epoch,
-        "split": "train",
+        **place,
         **of_step.means(run.strategy.reduce_sum),
         "lr": run.strategy.optimizer.param_groups[0]["lr"],
-        "images_seen": progress.images_seen,
+        "images_seen": run.progress.images_seen,
         **run.timer.read(),
+        **run.spikes.read(),
     }
     if grad_norm is not None:
         record["grad_norm"] = float(grad_norm)
-    if run.spikes is not None:
-        record.update(run.spikes.read(progress.step))
+    run.timer.flops_per_image = run.spikes.training_flops_per_image
     run.tracker.log_step(record)
+    run.tracker.progress(record)
+    for warning in run.spikes.warnings():
+        run.tracker.alert("spiking health", warning)
 
 
 @torch.inference_mode()
@@ -175,4 +183,5 @@ def evaluate(
         functional.reset_net(model)
         acc1, acc5 = trainer.cal_acc1_acc5(output_NK, targets)
         averages.add({"loss": loss, "acc1": acc1, "acc5": acc5}, len(targets))
+        run.hang_watch.tick()
     return averages.means(run.strategy.reduce_sum)

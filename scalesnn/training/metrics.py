@@ -63,6 +63,11 @@ class Averages:
         count = max(values[-1], 1.0)
         return {name: value / count for name, value in zip(self.names, values[:-1], strict=True)}
 
+    def latest(self) -> dict[str, Tensor]:
+        """This rank's means so far as tensors on the device, without waiting for it."""
+        means = self.sums[:-1] / self.sums[-1].clamp(min=1)
+        return dict(zip(self.names, means.unbind(), strict=True))
+
     def reset(self) -> None:
         """Start anew."""
         self.sums.zero_()

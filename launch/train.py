@@ -1,0 +1,19 @@
+"""Train a spiking ResNet: the product's own entry.
+
+    deepspeed launch/train.py --deepspeed_config configs/zero2.json     ZeRO-2
+    torchrun --nproc-per-node 2 launch/train.py                         DDP
+    python launch/train.py                                              one process
+
+``--config RECIPE.yaml`` sets any flag's default; ``-h`` lists the flags.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from scalesnn.model.train_imagenet_example import SResNetTrainer
+
+if __name__ == "__main__":
+    trainer = SResNetTrainer()
+    trainer.main(trainer.get_args_parser().parse_args())

@@ -1,0 +1,40 @@
+"""``scalesnn plan | doctor | export | report | data | launch``: what one does beside training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from scalesnn.base import UserError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after ``scalesnn``; ``sys.argv[1:]`` when None.
+
+    Returns:
+        the exit code: 0 done, 1 a problem was found, 2 the command line or a file is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="scalesnn", description="Beside training: plan, check, export, report."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_command in command_adders():
+        add_command(commands)
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args) or 0)
+    except UserError as error:
+        print(f"scalesnn: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `scalesnn … | head`
+        return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

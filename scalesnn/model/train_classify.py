@@ -1,0 +1,428 @@
+"""The Trainer that users subclass: SpikingJelly's hooks, every strategy, and runs that cannot be lost.
+
+``python -m scalesnn.model.train_classify -h`` prints every flag. The hooks keep the names and arguments of
+SpikingJelly's ``train_classify.Trainer`` (0.0.0.0.14), which follows torchvision's reference training.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scalesnn import functional
+from scalesnn.base import UserError
+from scalesnn.data import add_data_arguments, open_data
+from scalesnn.parallel import add_parallel_arguments, create_strategy
+from scalesnn.parallel.strategy import Strategy
+from scalesnn.parallel.topology import Topology
+from scalesnn.tracking import (
+    NullTracker,
+    SpikeMonitor,
+    StepTimer,
+    Tracker,
+    add_tracking_arguments,
+    create_tracker,
+)
+from scalesnn.training import loop
+from scalesnn.training.arguments import (
+    RecipeParser,
+    add_model_arguments,
+    add_optimization_arguments,
+    add_run_arguments,
+    check_arguments,
+)
+from scalesnn.training.checkpoint import CheckpointManager, Progress
+from scalesnn.training.ema import ModelEma, adjusted_decay
+from scalesnn.training.hang_watch import HangWatch, add_hang_arguments
+from scalesnn.training.loop import Run
+from scalesnn.training.metrics import accuracy
+from scalesnn.training.optimizers import make_optimizer, make_scheduler, parameter_groups
+from scalesnn.training.preemption import Preemption, add_preemption_arguments, is_restart, job_run_name
+from scalesnn.training.rank_logs import RankLog
+from scalesnn.training.run_folder import choose_folder, describe_run, write_config
+from scalesnn.training.user_data import as_data
+
+__all__ = ["Trainer", "set_deterministic"]
+
+
+class Trainer:
+    """Trains an image classifier: override the hooks, then call ``main`` with the parsed arguments.
+
+    A subclass for spiking nets repeats the images T times in ``preprocess_*``, takes the mean over time in
+    ``process_model_output`` and builds its network in ``load_model``; see
+    :mod:`scalesnn.model.train_imagenet_example`. During ``main``, ``self.run`` holds the run's parts.
+    """
+
+    run: Run
+    topology: Topology
+    device: torch.device
+
+    # ---- hooks, in the order in which a run calls them: settings, data, network, steps, epochs ----
+
+    def get_args_parser(self, add_help: bool = True) -> RecipeParser:
+        """The parser of every flag; extend what ``super().get_args_parser()`` returns."""
+        parser = RecipeParser(description="Train a spiking image classifier.", add_help=add_help)
+        add_model_arguments(parser)
+        add_data_arguments(parser)
+        add_optimization_arguments(parser)
+        add_parallel_arguments(parser)
+        add_run_arguments(parser)
+        add_preemption_arguments(parser)
+        add_hang_arguments(parser)
+        add_tracking_arguments(parser)
+        return parser
+
+    def load_model(self, args: Any, num_classes: int) -> nn.Module:
+        """Build the network. Must be overridden."""
+        raise UserError("this Trainer has no network: override load_model(self, args, num_classes)")
+
+    def load_data(self, args: Any) -> Any:
+        """Open the data: ``scalesnn.data.Data``, or (dataset, dataset_test, train_sampler, test_sampler)."""
+        return open_data(
+            args,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            rank=self.topology.rank,
+            world_size=self.topology.world_size,
+            device=self.device,
+            dtype=torch.float32,
+        )
+
+    def preprocess_train_sample(self, args: Any, x: Tensor) -> Tensor:
+        """What the network gets for training images [N, C, H, W]."""
+        return x
+
+    def preprocess_test_sample(self, args: Any, x: Tensor) -> Tensor:
+        """What the network gets for test images [N, C, H, W]."""
+        return x
+
+    def process_model_output(self, args: Any, y: Tensor) -> Tensor:
+        """From the network's output to logits [N, classes]."""
+        return y
+
+    def set_optimizer(self, args: Any, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """The optimizer of ``--opt`` for ``parameters`` (tensors or groups)."""
+        return make_optimizer(args, parameters)
+
+    def set_lr_scheduler(self, args: Any, optimizer: torch.optim.Optimizer) -> Any:
+        """The schedule of ``--lr-scheduler``, stepped once an epoch."""
+        return make_scheduler(args, optimizer)
+
+    def cal_acc1_acc5(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Top-1 and top-5 accuracy in per cent, as scalar tensors."""
+        acc1, acc5 = accuracy(output, target, topk=(1, 5))
+        return acc1, acc5
+
+    def before_train_one_epoch(self, args: Any, model: nn.Module, epoch: int) -> None:
+        """Called before an epoch of training."""
+
+    def before_test_one_epoch(self, args: Any, model: nn.Module, epoch: int) -> None:
+        """Called before an evaluation."""
+
+    def get_tb_logdir_name(self, args: Any) -> str:
+        """The name of the run's folder, made of the settings that tell runs apart."""
+        return (
+            f"{args.model}_b{args.batch_size}_e{args.epochs}_{args.opt}_lr{args.lr}_wd{args.weight_decay}"
+            f"_ls{args.label_smoothing}_ma{args.mixup_alpha}_ca{args.cutmix_alpha}_sbn{int(args.sync_bn)}"
+            f"_ra{args.ra_reps if args.ra_sampler else 0}_re{args.random_erase}_aaug{args.auto_augment}"
+            f"_size{args.train_crop_size}_{args.val_resize_size}_{args.val_crop_size}_seed{args.seed}"
+        )
+
+    def train_one_epoch(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: Any,
+        device: torch.device,
+        epoch: int,
+        args: Any,
+        model_ema: ModelEma | None = None,
+        scaler: Any = None,
+    ) -> tuple[float, float, float]:
+        """Train for one epoch (or the rest of one, after a resume).
+
+        Returns:
+            mean loss, top-1 and top-5 over the epoch's images on all ranks.
+        """
+        means = loop.train_one_epoch(self, model, criterion, data_loader, epoch, args)
+        return means["loss"], means["acc1"], means["acc5"]
+
+    def evaluate(
+        self,
+        args: Any,
+        model: nn.Module,
+        criterion: nn.Module,
+        data_loader: Any,
+        device: torch.device,
+        log_suffix: str = "",
+    ) -> tuple[float, float, float]:
+        """Evaluate on every test image once.
+
+        Returns:
+            mean loss, top-1 and top-5 on all ranks together.
+        """
+        means = loop.evaluate(self, model, criterion, data_loader, device, args)
+        return means["loss"], means["acc1"], means["acc5"]
+
+    # ---- the run ----
+
+    def main(self, args: Any) -> None:
+        """Do what the command line says; bad input ends with one line and exit code 2."""
+        try:
+            self._main(args)
+        except UserError as error:
+            rank = int(os.environ.get("RANK", "0"))
+            if rank:  # every rank finds the same fault: rank 0 says it, unless only this rank has it
+                time.sleep(5)
+            print(f"scalesnn: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+    def _main(self, args: Any) -> None:
+        """The stages of a run, each with what the ones before it made."""
+        check_arguments(args)
+        set_deterministic(args.seed, args.disable_uda)
+        self.topology = Topology.from_environment(local_rank_flag=args.local_rank)
+        strategy = create_strategy(args, self.topology)
+        self.device = strategy.setup_device(args.device)
+        folder = self._choose_folder(args, strategy)
+        if args.print_logdir:
+            if strategy.is_main:
+                print(folder / "tb", folder / "checkpoints", sep="\n")
+            return
+        with ExitStack() as stack:
+            if not args.test_only:
+                stack.enter_context(RankLog(folder, strategy.rank))
+            preemption = Preemption(max_requeues=args.max_requeues, requeue=not args.no_requeue)
+            stack.enter_context(preemption)
+            watch = HangWatch(args.hang_timeout, folder, strategy.rank, strategy.world_size)
+            data = as_data(self.load_data(args), args, self.device)
+            stack.callback(data.close)
+            model = self._make_model(args, data)
+            strategy.prepare(
+                model,
+                lambda m: self.set_optimizer(
+                    args, parameter_groups(m, args.weight_decay, args.norm_weight_decay)
+                ),
+                lambda optimizer: self.set_lr_scheduler(args, optimizer),
+            )
+            self.run = self._start(args, folder, strategy, data, preemption, watch)
+            stack.enter_context(watch)
+            code = self._test(args) if args.test_only else self._train(args)
+        strategy.close()
+        if code:
+            raise SystemExit(code)
+
+    def _choose_folder(self, args: Any, strategy: Strategy) -> Path:
+        """The run's folder, chosen on rank 0 for all; a job that Slurm started again finds its own."""
+        if is_restart() and args.resume is None:
+            args.resume = "latest"
+        name = args.run_name or job_run_name() or self.get_tb_logdir_name(args)
+        folder = None
+        if strategy.is_main:
+            folder = str(choose_folder(args.output_dir, name, resume=args.resume, clean=args.clean))
+        return Path(strategy.gather_objects(folder)[0])
+
+    def _make_model(self, args: Any, data: Any) -> nn.Module:
+        """``load_model`` on this rank's device, refused where it could not take the sequence it will get.
+
+        Raises:
+            UserError: neurons in step mode 's' for a sequence [T, N, C, H, W].
+        """
+        model = self.load_model(args, len(data.classes))
+        probe = self.preprocess_train_sample(
+            args, torch.zeros(1, 3, args.train_crop_size, args.train_crop_size)
+        )
+        if probe.ndim == 5:
+            functional.check_step_mode(model, "m")
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def _start(
+        self, args: Any, folder: Path, strategy: Strategy, data: Any, preemption: Preemption, watch: HangWatch
+    ) -> Run:
+        """Open the run: restore what --resume names, then let the tracker begin."""
+        global_batch = args.batch_size * strategy.world_size
+        ema = None
+        if args.model_ema:
+            decay = adjusted_decay(
+                args.model_ema_decay,
+                global_batch=global_batch * strategy.accumulation,
+                steps=args.model_ema_steps,
+                epochs=args.epochs,
+            )
+            ema = ModelEma(strategy, decay, args.model_ema_steps)
+        notices = list(data.notices)
+        checkpoints = CheckpointManager(
+            folder / "checkpoints", strategy, args.keep_checkpoints, ema=ema, notice=notices.append
+        )
+        progress, extra = Progress(epoch=args.start_epoch), {}
+        if args.resume == "latest" and checkpoints.latest() is None:
+            notices.append(f"--resume latest: nothing to resume in {folder}, so this run starts fresh")
+        elif args.resume is not None:
+            progress, extra = checkpoints.load(args.resume)
+            notices.append(f"resumed from {args.resume}: epoch {progress.epoch}, step {progress.step}")
+        progress = progress.moved_to(global_batch)
+        preemption.check_progress(strategy, folder, progress.step)
+        tracker: Tracker | NullTracker = NullTracker()
+        if strategy.is_main:
+            config = describe_run(
+                args,
+                strategy.module,
+                strategy=strategy.name,
+                world_size=strategy.world_size,
+                data_fingerprint=getattr(data, "fingerprint", None),
+            )
+            print(strategy.module)
+            if not args.test_only:
+                write_config(folder, config)
+                tracker = create_tracker(
+                    args,
+                    folder,
+                    config,
+                    resumed=progress.step > 0,
+                    total_steps=total_steps(args, len(data.train), strategy.accumulation),
+                    first_step=progress.step,
+                )
+            for notice in notices:
+                tracker.notice(notice)
+        timer = StepTimer(
+            self.device, world_size=strategy.world_size, time_steps=getattr(args, "T", None) or 1
+        )
+        timer.watch_communication(strategy.module)
+        spikes = SpikeMonitor(strategy.module, args.spike_metrics_every if strategy.is_main else 0)
+        run = Run(
+            args,
+            folder,
+            self.device,
+            strategy,
+            data,
+            tracker,
+            checkpoints,
+            progress,
+            timer,
+            spikes,
+            preemption,
+            watch,
+            ema,
+        )
+        if extra.get("averages"):
+            run.averages = loop.Averages(loop.NAMES, self.device)
+            if strategy.is_main:  # the sums of all ranks, counted once
+                run.averages.restore(extra["averages"])
+        return run
+
+    def _train(self, args: Any) -> int:
+        """Epoch after epoch until --epochs, --max-steps or a signal; returns the exit code."""
+        run, strategy = self.run, self.run.strategy
+        criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+        progress, train = run.progress, run.data.train
+        while progress.epoch < args.epochs and not run.finished and not run.interrupted:
+            epoch, steps_before = progress.epoch, progress.step
+            self.before_train_one_epoch(args, strategy.model, epoch)
+            train.set_epoch(epoch)
+            loss, acc1, acc5 = self.train_one_epoch(
+                strategy.model, criterion, strategy.optimizer, train, self.device, epoch, args, run.ema
+            )
+            if progress.step == steps_before:  # a user's own train_one_epoch, which keeps no account
+                progress.step, progress.batch = steps_before + len(train), len(train)
+            if run.interrupted:
+                break
+            if progress.batch >= len(train):
+                if strategy.scheduler is not None:
+                    strategy.scheduler.step()
+                progress.epoch, progress.batch, run.averages = epoch + 1, 0, None
+            record = {"step": progress.step, "epoch": epoch}
+            run.tracker.log_epoch({**record, "split": "train", "loss": loss, "acc1": acc1, "acc5": acc5})
+            run.save(is_best=self._evaluate_epoch(args, criterion, record))
+        code = 0
+        if run.interrupted:
+            path = run.save()
+            run.tracker.notice(
+                f"stopped by a signal at step {progress.step}; go on with --resume latest (or {path})"
+            )
+            code = run.preemption.finish(strategy, run.folder, progress.step, run.tracker.notice)
+        run.tracker.close(self._summary())
+        return code
+
+    def _summary(self) -> dict[str, Any]:
+        """What the user should know at the end."""
+        run = self.run
+        return {
+            "run": run.folder,
+            "epochs": run.progress.epoch,
+            "steps": run.progress.step,
+            "best_acc1": run.progress.best_acc1,
+            "best_checkpoint": run.checkpoints.best(),
+            "latest_checkpoint": run.checkpoints.latest(),
+        }
+
+    def _evaluate_epoch(self, args: Any, criterion: nn.Module, record: dict[str, Any]) -> bool:
+        """Evaluate the weights, and their average where one is kept; whether the weights are the best so far."""
+        run, progress = self.run, self.run.progress
+        run.strategy.sync_buffers()
+        acc1 = self._evaluate_weights(args, criterion, {**record, "split": "test"})
+        best = acc1 > progress.best_acc1
+        progress.best_acc1 = max(acc1, progress.best_acc1)
+        if run.ema is not None:
+            with run.ema.applied():
+                ema_acc1 = self._evaluate_weights(args, criterion, {**record, "split": "ema_test"})
+            progress.best_ema_acc1 = max(ema_acc1, progress.best_ema_acc1)
+        return best
+
+    def _evaluate_weights(self, args: Any, criterion: nn.Module, record: dict[str, Any]) -> float:
+        """Evaluate what the network holds now and log it; returns top-1."""
+        run, network = self.run, self.run.strategy.evaluation_model
+        self.before_test_one_epoch(args, network, record["epoch"])
+        suffix = "EMA" if record["split"] == "ema_test" else ""
+        start = time.monotonic()
+        loss, acc1, acc5 = self.evaluate(args, network, criterion, run.data.val, self.device, suffix)
+        speed = run.data.val.number_of_images / max(time.monotonic() - start, 1e-9)
+        values = {"loss": loss, "acc1": acc1, "acc5": acc5, "images_per_s": speed}
+        run.tracker.log_epoch({**record, **values})
+        if args.test_only and run.strategy.is_main:
+            print(", ".join(f"{suffix}{name} {value:.4f}" for name, value in values.items()))
+        return acc1
+
+    def _test(self, args: Any) -> int:
+        """--test-only: evaluate, and print the figures."""
+        criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+        self._evaluate_epoch(
+            args, criterion, {"epoch": self.run.progress.epoch, "step": self.run.progress.step}
+        )
+        return 0
+
+
+def total_steps(args: Any, batches: int, accumulation: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = (args.epochs - args.start_epoch) * (batches // accumulation)
+    return min(steps, args.max_steps) if args.max_steps else steps
+
+
+def set_deterministic(seed: int, disable_uda: bool = False) -> None:
+    """Seed every generator, and have torch use deterministic algorithms only, unless ``disable_uda``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = not disable_uda
+    torch.backends.cudnn.benchmark = disable_uda
+    if not disable_uda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # the check of others' bugs costs every step
+        )
+
+
+if __name__ == "__main__":
+    trainer = Trainer()
+    trainer.main(trainer.get_args_parser().parse_args())

@@ -1,0 +1,140 @@
+"""Whole runs of the Trainer on real files: what they leave, what they refuse, and that nothing is lost."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from small_runs import ROOT, SMALL, command, environment, records, run, trace
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+TUTORIAL = str(ROOT / "tests/training/tutorial.py")
+
+
+@pytest.fixture(scope="module")
+def unbroken(images, tmp_path_factory):
+    """The output folder of 20 steps in one go."""
+    output = tmp_path_factory.mktemp("unbroken")
+    result = run("--data-path", images, "--output-dir", output, "--max-steps", 20, "--save-every", 5)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def test_a_run_leaves_config_metrics_curves_and_checkpoints(unbroken):
+    (folder,) = [p for p in unbroken.iterdir() if p.is_dir()]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["settings"]["max_steps"] == 20
+    assert config["neurons"][0]["type"] == "IFNode"
+    assert config["versions"]["torch"]
+    assert sorted(trace(unbroken)) == list(range(1, 21))
+    step = records(unbroken, "step")[-1]
+    assert {"step", "epoch", "split", "loss", "acc1", "acc5", "lr", "images_per_s", "data_wait_s"} <= set(
+        step
+    )
+    epochs = records(unbroken, "epoch", "test")
+    assert [r["step"] for r in epochs] == [8, 16, 20]
+    assert {"loss", "acc1", "acc5"} <= set(epochs[0])
+    curves = EventAccumulator(str(folder / "tb"))
+    curves.Reload()
+    tags = {"train_acc1", "train_acc5", "train_loss", "test_acc1", "test_acc5", "test_loss"}
+    assert tags <= set(curves.Tags()["scalars"])
+    assert any((folder / "checkpoints").iterdir())
+
+
+def test_killed_and_resumed_is_the_unbroken_run(unbroken, images, tmp_path):
+    words = ["--data-path", images, "--output-dir", tmp_path, "--max-steps", 20, "--save-every", 5]
+    process = subprocess.Popen(
+        command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and process.poll() is None:
+        if list(tmp_path.glob("*/metrics.jsonl")) and len(trace(tmp_path)) >= 12:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(trace(tmp_path)) < 20, "the run ended before it was killed"
+    result = run(*words, "--resume", "latest")
+    assert result.returncode == 0, result.stderr
+    assert trace(tmp_path) == pytest.approx(trace(unbroken), rel=1e-6)
+    whole, broken = records(unbroken, "epoch"), records(tmp_path, "epoch")
+    assert [(r["split"], r["step"]) for r in broken] == [(r["split"], r["step"]) for r in whole]
+    assert [r["loss"] for r in broken] == pytest.approx([r["loss"] for r in whole], rel=1e-6)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_cleanly(unbroken, images, tmp_path, sent):
+    words = ["--data-path", images, "--output-dir", tmp_path, "--max-steps", 20]
+    process = subprocess.Popen(
+        command(*words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not list(tmp_path.glob("*/metrics.jsonl")) or not trace(tmp_path):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(sent)
+    printed, _ = process.communicate(timeout=60)
+    assert "Traceback" not in printed
+    assert "--resume latest" in printed
+    stopped_at = max(trace(tmp_path))
+    result = run(*words, "--resume", "latest")
+    assert result.returncode == 0, result.stderr
+    assert stopped_at < 20
+    assert trace(tmp_path) == pytest.approx(trace(unbroken), rel=1e-6)
+
+
+def test_resume_latest_with_nothing_there_starts_fresh_and_says_so(images, tmp_path):
+    result = run("--data-path", images, "--output-dir", tmp_path, "--max-steps", 1, "--resume", "latest")
+    assert result.returncode == 0, result.stderr
+    assert "starts fresh" in result.stdout
+
+
+def test_the_tutorial_s_trainer_runs(images, tmp_path):
+    words = [*SMALL, "--data-path", str(images), "--output-dir", str(tmp_path), "--max-steps", "2"]
+    result = subprocess.run(
+        [sys.executable, TUTORIAL, *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(trace(tmp_path)) == 2
+
+
+def test_test_only_prints_the_figures_of_a_checkpoint(unbroken, images, tmp_path):
+    checkpoint = next(p for p in unbroken.glob("*/checkpoints/step_*20"))
+    result = run("--data-path", images, "--output-dir", tmp_path, "--test-only", "--resume", checkpoint)
+    assert result.returncode == 0, result.stderr
+    expected = records(unbroken, "epoch", "test")[-1]
+    assert f"{expected['acc1']:.2f}" in result.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torchrun", "--nproc-per-node", "2"],
+        ["deepspeed", "--num_gpus", "2"],
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_launchers_start_two_ranks(images, tmp_path, launcher):
+    port = str(20000 + os.getpid() % 20000)
+    prefix = [launcher[0], "--master_port", port, *launcher[1:]]
+    more = ["--deepspeed_config", ROOT / "configs/zero2.json"] if launcher[0] == "deepspeed" else []
+    words = ["--data-path", images, "--output-dir", tmp_path, "--max-steps", 2, "--batch-size", 2, *more]
+    result = run(*words, prefix=prefix, timeout=200)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert len(trace(tmp_path)) == 2
+    (config,) = tmp_path.glob("*/config.yaml")
+    assert yaml.safe_load(config.read_text())["world_size"] == 2
+
+
+def test_log_files_have_no_control_characters(unbroken, images, tmp_path):
+    result = run("--data-path", images, "--output-dir", tmp_path, "--max-steps", 1)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", result.stdout)
