@@ -98,7 +98,7 @@ def make_train_pipeline(
         if stages > 0:
             from scalesnn.data.dali_operations import apply_policy
 
-            image = apply_policy(image, recipe)
+            image = apply_policy(image, recipe, device)
         image = fn.crop_mirror_normalize(image, **_normalisation(recipe, half))
         if recipe.erase > 0:
             rectangle = fn.external_source(name="erase", dtype=types.FLOAT, ndim=1)

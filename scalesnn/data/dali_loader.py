@@ -114,8 +114,10 @@ class DaliLoader(Loader):
             self._pipeline.schedule_run()
 
     def _take(self, prepared: _Prepared) -> Tensor:
-        """The images of a batch that was run, in memory of their own. Raises RuntimeError when decoding
-        failed."""
+        """The images of a batch that was run; RuntimeError when decoding failed.
+
+        The tensor takes over the pipeline's memory: with its dynamic executor DALI never writes there again.
+        """
         settings = self.settings
         if not len(prepared.raw.data):
             size = settings.recipe.train_crop_size if settings.train else settings.recipe.val_crop_size
@@ -123,15 +125,8 @@ class DaliLoader(Loader):
             return empty.contiguous(memory_format=torch.channels_last)
         (output,) = self._pipeline.share_outputs()
         images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
-        if settings.device.type == "cuda":
-            images = images.to(settings.dtype, copy=True)
-            torch.cuda.current_stream(
-                settings.device
-            ).synchronize()  # the copy ends before DALI reuses the memory
-        else:
-            images = images.to(settings.device, settings.dtype, copy=True)
         self._pipeline.release_outputs()
-        return images
+        return images.to(settings.device, settings.dtype)
 
     def _batches(self, epoch: int, start: int) -> Generator[tuple[Tensor, Tensor, BatchKeys], None, None]:
         prefetcher = Prefetcher(

@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from scalesnn.data.augment import Recipe
 from scalesnn.data.policies import (
@@ -121,7 +122,7 @@ def policy_inputs(draws: PolicyDraws, recipe: Recipe) -> dict[str, np.ndarray]:
     return inputs
 
 
-def apply_policy(image: Any, recipe: Recipe) -> Any:
+def apply_policy(image: Any, recipe: Recipe, device: torch.device) -> Any:
     """Add a policy to a graph: uint8 images [size, size, 3] → the same. Called while a pipeline is
     defined."""
     from scalesnn.data.dali_graph import dali
@@ -153,6 +154,14 @@ def apply_policy(image: Any, recipe: Recipe) -> Any:
             fill_values=0,
         )
 
+    def beside(values: Any) -> Any:
+        """Values on the images' device, where they are operands and not arguments."""
+        return values.gpu() if device.type == "cuda" else values
+
+    def truncated(picture: Any) -> Any:
+        """float → uint8, rounded down as Pillow and torch do; DALI's cast rounds to the nearest."""
+        return fn.cast(picture - 0.4995, dtype=types.UINT8)
+
     def stage(picture: Any, number: int) -> Any:
         kind = group[number]
         if kind == _WARP:
@@ -167,7 +176,7 @@ def apply_policy(image: Any, recipe: Recipe) -> Any:
         elif kind == _SHIFT:
             result = cut(picture, shift[number], whole)
         elif kind == _TABLE:
-            keys = fn.cast(picture, dtype=types.UINT16) + table[number]
+            keys = fn.cast(picture, dtype=types.UINT16) + beside(table[number])
             result = fn.lookup_table(
                 keys, keys=np.arange(len(tables)).tolist(), values=tables.tolist(), dtype=types.UINT8
             )
@@ -177,21 +186,20 @@ def apply_policy(image: Any, recipe: Recipe) -> Any:
             grey = fn.color_space_conversion(
                 picture, image_type=types.DALIImageType.RGB, output_type=types.DALIImageType.GRAY
             )
-            middle = fn.cast(fn.reductions.mean(grey) + 0.5, dtype=types.INT32)
+            middle = fn.cast(fn.reductions.mean(grey), dtype=types.INT32)
             result = fn.brightness_contrast(
                 picture, contrast=factor[number], contrast_center=fn.cast(middle, dtype=types.FLOAT).cpu()
             )
         elif kind == _SHARPNESS:
-            result = fn.filter(picture, kernel[number], dtype=types.UINT8)
+            result = fn.filter(picture, beside(kernel[number]), dtype=types.UINT8)
         elif kind == _EQUALIZE:
             result = fn.equalize(picture)
         elif kind == _AUTOCONTRAST:
             low = fn.cast(fn.reductions.min(picture, axes=[0, 1]), dtype=types.FLOAT)
             high = fn.cast(fn.reductions.max(picture, axes=[0, 1]), dtype=types.FLOAT)
             flat = fn.cast(high == low, dtype=types.FLOAT)  # a channel of one value stays as it is
-            result = fn.cast(
-                (picture - low * (1.0 - flat)) * (255.0 / (high - low + 255.0 * flat)), dtype=types.UINT8
-            )
+            scale = 255.0 / (high - low + 255.0 * flat)
+            result = truncated((picture - low * (1.0 - flat)) * scale)
         else:
             result = picture
         return result
@@ -201,10 +209,10 @@ def apply_policy(image: Any, recipe: Recipe) -> Any:
             image = stage(image, number)
         return image
     weight = fn.external_source(name="weight", dtype=types.FLOAT, ndim=1)
-    mixed = image * weight[0]
+    mixed = image * beside(weight[0])
     for chain in range(AUGMIX_CHAINS):
         result = image
         for depth in range(AUGMIX_DEPTH):
             result = stage(result, chain * AUGMIX_DEPTH + depth)
-        mixed = mixed + result * weight[1 + chain]
-    return fn.cast(mixed, dtype=types.UINT8)
+        mixed = mixed + result * beside(weight[1 + chain])
+    return truncated(mixed)
