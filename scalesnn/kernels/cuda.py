@@ -1,0 +1,97 @@
+"""The kernel source on a GPU: compiled by CuPy at run time, launched on torch's current stream, without copies."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalesnn.kernels.source import fields, variant_source
+
+__all__ = ["OPTIONS", "THREADS", "available", "call", "launch_grid", "slabs_for"]
+
+THREADS = 256  # of a block, as in the kernel source
+OPTIONS = ("-std=c++17", "--fmad=false")  # no fused multiply-add: the CPU's and torch's arithmetic
+MOST_BLOCKS = 1 << 16
+
+
+@cache
+def available() -> bool:
+    """Whether CuPy can be imported (``why_not`` says what is wrong)."""
+    return why_not() is None
+
+
+@cache
+def why_not() -> str | None:
+    """Why there is no CuPy, in one line; None where there is."""
+    try:
+        import cupy  # noqa: F401
+    except Exception as error:  # a broken installation raises all kinds
+        return f"CuPy cannot be imported: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return None
+
+
+@lru_cache(maxsize=None)
+def _function(name: str, device: int, variant: tuple[Any, ...]) -> Any:
+    import cupy
+
+    with cupy.cuda.Device(device):
+        return _module(device, variant).get_function(name)
+
+
+@lru_cache(maxsize=None)
+def _module(device: int, variant: tuple[Any, ...]) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=variant_source(*variant), options=OPTIONS, backend="nvrtc")
+
+
+def slabs_for(channels: int, inner: int, size: int, multiprocessors: int) -> int:
+    """In how many parts the positions of a channel are summed: enough blocks to fill the GPU eight times."""
+    width = 32 if inner == 1 and channels > 1 else 1
+    columns = -(-channels // width)
+    rows = THREADS // width
+    wanted = max(1, 8 * multiprocessors // columns)
+    return max(1, min(wanted, -(-(size // channels) // rows), 65535))
+
+
+def launch_grid(name: str, arguments: dict[str, Any]) -> tuple[int, int]:
+    """The blocks of a launch, from the kernel's arguments."""
+    if name in ("statistics", "backward"):
+        width = 32 if arguments["inner"] == 1 and arguments["channels"] > 1 else 1
+        return -(-arguments["channels"] // width), arguments["slabs"]
+    return max(1, min(-(-arguments["size"] // THREADS), MOST_BLOCKS)), 1
+
+
+def call(name: str, x: Tensor, surrogate: str, arguments: dict[str, Any]) -> None:
+    """Run a kernel on the GPU of ``x``.
+
+    Args:
+        name: the kernel.
+        x: gives the dtype and the device.
+        surrogate: ``source.surrogate_key``.
+        arguments: every argument of ``source.fields()`` by name; pointers as integers, or None.
+    """
+    import cupy
+
+    variant = (
+        x.dtype,
+        surrogate,
+        arguments["steps"],
+        arguments["charge"],
+        bool(arguments["hard_reset"]),
+        bool(arguments["detach_reset"]),
+        arguments["decay"] is not None,
+        arguments["mean"] is not None,
+    )
+    if name != "backward":  # the others do not depend on what only the backward sweep knows
+        variant = (x.dtype, surrogate, 1, *variant[3:5], False, *variant[6:])
+    values = [arguments[field] or 0 for field, _ in fields()]
+    values = [float(v) if kind == "number" else int(v) for v, (_, kind) in zip(values, fields(), strict=True)]
+    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    stream = torch.cuda.current_stream(index).cuda_stream
+    with torch.cuda.device(index), cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream, index):
+        function = _function(name, index, variant)
+        function(launch_grid(name, arguments), (THREADS,), (cupy.int32(0), *values))
