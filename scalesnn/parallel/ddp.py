@@ -28,11 +28,12 @@ class DDPStrategy(Strategy):
 
     def _prepare(self, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
         known = inspect.signature(DistributedDataParallel).parameters
-        broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        broadcast: dict[str, Any] = {word: bool(getattr(self.args, "ddp_broadcast_buffers", False))}
         self.wrapped = DistributedDataParallel(
             self.module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            **{broadcast: bool(getattr(self.args, "ddp_broadcast_buffers", False))},
+            **broadcast,
             gradient_as_bucket_view=True,
             static_graph=bool(getattr(self.args, "ddp_static_graph", False)),
         )

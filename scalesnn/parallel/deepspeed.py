@@ -7,7 +7,6 @@ import logging
 import os
 import sysconfig
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -55,6 +54,7 @@ class DeepSpeedStrategy(Strategy):
     """
 
     name = "deepspeed"
+    contiguous_weights = True
     engine: Any
 
     def __init__(self, args: Any, topology: Topology) -> None:
@@ -85,10 +85,6 @@ class DeepSpeedStrategy(Strategy):
         return {"float16": torch.float16, "fp16": torch.float16}.get(
             str(section.get("dtype")), torch.bfloat16
         )
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        # The engine sets up its own context inside; this one is for the loss and what else runs outside it.
-        return super().autocast()
 
     def _prepare(self, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
         import deepspeed
@@ -140,6 +136,10 @@ class DeepSpeedStrategy(Strategy):
             return StepResult(None, False)
         self._micro_batches = 0
         return StepResult(self.engine.get_global_grad_norm(), True)
+
+    @property
+    def evaluation_model(self) -> nn.Module:
+        return self.module  # stage 3 gathers weights in hooks of the modules themselves
 
     def close(self) -> None:
         self.engine.destroy()

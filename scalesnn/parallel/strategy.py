@@ -79,6 +79,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     needs_process_group: ClassVar[bool] = True
+    contiguous_weights: ClassVar[bool] = False  # whether weights must lie in memory in row-major order
 
     model: nn.Module
     module: nn.Module
@@ -190,6 +191,9 @@ class Strategy(ABC):
         if getattr(self.args, "sync_bn", False) and self.world_size > 1:
             model = convert_batch_norm(model)
         self.module = model.to(self.device)
+        if self.contiguous_weights:
+            for parameter in self.module.parameters():
+                parameter.data = parameter.data.contiguous()
         self._names = parameter_names(self.module)
         self._prepare(make_optimizer, make_scheduler)
 

@@ -1,0 +1,234 @@
+"""FSDP2: weights, gradients and optimizer state split over ranks, gathered one residual block at a time."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from scalesnn.base import UserError
+from scalesnn.parallel.strategy import MakeOptimizer, MakeScheduler, StepResult, Strategy
+from scalesnn.parallel.topology import Topology
+
+__all__ = ["FSDPConfig", "FSDPStrategy", "residual_blocks"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FSDPConfig:
+    """The settings of ``--fsdp-config``.
+
+    Attributes:
+        mesh: ``fsdp`` splits over all ranks; ``hsdp`` splits over the ranks of a node and replicates over
+            nodes. replicas: of hsdp: ``auto`` (one for each node), or how many. reshard_after_forward: free
+            a block's gathered weights after its forward pass. param_dtype: of gathered weights: float32,
+            bfloat16, or auto (bfloat16 on a GPU unless ``--disable-amp``). reduce_dtype: of gradients on
+            their way: float32 or bfloat16. cpu_offload: keep what is split in host memory.
+    """
+
+    mesh: str = "fsdp"
+    replicas: str | int = "auto"
+    reshard_after_forward: bool = True
+    param_dtype: str = "auto"
+    reduce_dtype: str = "float32"
+    cpu_offload: bool = False
+
+    @classmethod
+    def read(cls, path: str | None) -> FSDPConfig:
+        """Read a YAML file; None gives the defaults.
+
+        Raises:
+            UserError: it cannot be read, or has a key or value that does not exist.
+        """
+        if path is None:
+            return cls()
+        try:
+            settings = yaml.safe_load(Path(path).expanduser().read_text()) or {}
+        except OSError as error:
+            raise UserError(f"--fsdp-config {path}: {error.strerror or error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            raise UserError(f"--fsdp-config {path}{line}: not valid YAML") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"--fsdp-config {path}: expected lines of the form 'key: value'")
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
+                raise UserError(f"--fsdp-config {path}: unknown setting {key!r}{hint}")
+        config = cls(**settings)
+        config.check(path)
+        return config
+
+    def check(self, path: str) -> None:
+        """Raise UserError for a value that does not exist."""
+        choices: dict[str, Iterable[Any]] = {
+            "mesh": ("fsdp", "hsdp"),
+            "param_dtype": ("auto", *DTYPES),
+            "reduce_dtype": tuple(DTYPES),
+            "reshard_after_forward": (True, False),
+            "cpu_offload": (True, False),
+        }
+        for key, values in choices.items():
+            value = getattr(self, key)
+            if not any(value is v or (isinstance(v, str) and value == v) for v in values):
+                given = ", ".join(str(v).lower() for v in values)
+                raise UserError(f"--fsdp-config {path}: {key} must be one of {given}, got {value!r}")
+        whole = isinstance(self.replicas, int) and not isinstance(self.replicas, bool) and self.replicas >= 1
+        if not whole and self.replicas != "auto":
+            raise UserError(
+                f"--fsdp-config {path}: replicas must be auto or at least 1, got {self.replicas!r}"
+            )
+
+
+class FSDPStrategy(Strategy):
+    """Train with FSDP2.
+
+    One group of weights for each residual block, one for the rest. Under mixed precision the normalisation
+    layers of a block are a group of their own that stays in float32. Scalar parameters (ParametricLIFNode's
+    ``w``) cannot be split: they stay whole, and their gradients are averaged.
+    """
+
+    name = "fsdp"
+    contiguous_weights = True
+
+    def __init__(self, args: Any, topology: Topology) -> None:
+        self.config = FSDPConfig.read(args.fsdp_config)
+        super().__init__(args, topology)
+        self.mesh_shape = self._mesh_shape()
+        self._scalars: list[nn.Parameter] = []
+
+    def _mesh_shape(self) -> tuple[int, ...]:
+        if self.config.mesh == "fsdp":
+            return (self.world_size,)
+        if self.config.replicas == "auto":
+            return self.topology.mesh_shape
+        replicas = int(self.config.replicas)
+        if self.world_size % replicas:
+            raise UserError(
+                f"--fsdp-config {self.args.fsdp_config}: replicas is {replicas}, but {self.world_size} "
+                "process(es) cannot be shared out evenly among them"
+            )
+        return (replicas, self.world_size // replicas)
+
+    def _mesh(self) -> DeviceMesh:
+        names = ("shard",) if len(self.mesh_shape) == 1 else ("replicate", "shard")
+        return init_device_mesh(self.device.type, self.mesh_shape, mesh_dim_names=names)
+
+    @property
+    def param_dtype(self) -> torch.dtype | None:
+        """Type of gathered weights; None: as they are."""
+        if self.config.param_dtype == "auto":
+            return self.amp_dtype
+        dtype = DTYPES[self.config.param_dtype]
+        return None if dtype == torch.float32 else dtype
+
+    def _prepare(self, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
+        self._take_weights_of_rank_0()
+        self._scalars = [p for p in self.module.parameters() if p.ndim == 0]
+        offload = CPUOffloadPolicy() if self.config.cpu_offload else OffloadPolicy()
+        reduce_dtype = DTYPES[self.config.reduce_dtype]
+        policy = MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=reduce_dtype)
+        full = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
+        common: dict[str, Any] = {
+            "mesh": self._mesh(),
+            "reshard_after_forward": self.config.reshard_after_forward,
+            "offload_policy": offload,
+            "ignored_params": set(self._scalars),
+        }
+        blocks = residual_blocks(self.module)
+        for block in (*blocks, self.module):
+            if self.param_dtype is not None:
+                norms = norm_layers(block, skip=blocks if block is self.module else ())
+                if norms:
+                    fully_shard(norms, mp_policy=full, **common)
+            fully_shard(block, mp_policy=policy, **common)
+        self._names = {p: name for name, p in self.module.named_parameters()}
+        self.model = self.module
+        self.optimizer = make_optimizer(self.module)
+        if self._scalars:  # one fused call cannot take split and whole parameters together
+            for group in self.optimizer.param_groups:
+                group.update({key: False for key in ("foreach", "fused") if key in group})
+        self.scheduler = make_scheduler(self.optimizer)
+
+    def _take_weights_of_rank_0(self) -> None:
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if self.world_size > 1:
+                dist.broadcast(tensor.detach(), src=0)
+
+    def _backward(self, loss: Tensor) -> None:
+        whole: Any = self.module
+        whole.set_requires_gradient_sync(self.closes_step)
+        loss.backward()
+
+    def _step(self) -> StepResult:
+        for scalar in self._scalars:
+            if scalar.grad is not None and self.world_size > 1:
+                dist.all_reduce(scalar.grad)
+                scalar.grad /= self.world_size
+        norm = self._clip() if self.clip_grad_norm > 0 else None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, True)
+
+    def _clip(self) -> Tensor:
+        """Clip to the norm of all gradients together, split and whole ones; returns it."""
+        scalars = set(self._scalars)
+        split = [p for p in self.module.parameters() if p.grad is not None and p not in scalars]
+        whole = [p for p in self._scalars if p.grad is not None]
+        squares = []
+        for parameters in (split, whole):
+            if parameters:
+                part: Any = get_total_norm([p.grad for p in parameters if p.grad is not None])
+                squares.append((part.full_tensor() if hasattr(part, "full_tensor") else part).square())
+        norm = torch.stack([s.to(self.device) for s in squares]).sum().sqrt()
+        for parameters in (split, whole):
+            if parameters:
+                clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        return norm
+
+    def full_model_state(self) -> dict[str, Tensor]:
+        self.sync_buffers()
+        state: dict[str, Tensor] = {}
+        for name, value in self.module.state_dict().items():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            if self.is_main:
+                state[name] = whole.detach().cpu().clone()
+        return state
+
+
+def residual_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a residual network: members of its ``nn.Sequential`` stages that are made of several
+    layers."""
+    found: list[nn.Module] = []
+    for stage in model.modules():
+        if type(stage) is nn.Sequential:
+            found += [m for m in stage if not isinstance(m, nn.Sequential) and layers_with_weights(m) > 1]
+    inner = {id(part) for block in found for part in block.modules() if part is not block}
+    return [block for block in found if id(block) not in inner]
+
+
+def layers_with_weights(module: nn.Module) -> int:
+    """How many modules inside own parameters."""
+    return sum(1 for m in module.modules() if any(True for _ in m.parameters(recurse=False)))
+
+
+def norm_layers(module: nn.Module, skip: Iterable[nn.Module] = ()) -> list[nn.Module]:
+    """Normalisation layers with weights inside ``module``, but not inside the modules in ``skip``."""
+    inner = {id(part) for other in skip for part in other.modules()}
+    is_norm: Callable[[nn.Module], bool] = lambda m: isinstance(m, _NormBase) and m.affine  # noqa: E731
+    return [m for m in module.modules() if is_norm(m) and id(m) not in inner]
