@@ -1,8 +1,8 @@
 """MS-ResNets: membrane shortcuts, the neurons before the convolutions (Hu, Deng, Wu, Yao, Li 2021/2024).
 
-A block adds currents, not spikes: x + BN(conv(neuron(BN(conv(neuron(x)))))); so the shortcut is an identity
-at any depth, and every convolution takes spikes. BatchNorm's weight starts at the threshold 0.5, and at 0 at the
-end of a branch.
+A block adds currents, not spikes: x + BN(conv(neuron(BN(conv(neuron(x)))))). The shortcut is an identity
+at any depth, and every convolution takes spikes. BatchNorm's weight starts at the threshold 0.5, and at 0
+at the end of a branch.
 """
 
 from __future__ import annotations
