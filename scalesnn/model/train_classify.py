@@ -234,7 +234,7 @@ class Trainer:
         return Path(strategy.gather_objects(folder)[0])
 
     def _make_model(self, args: Any, data: Any) -> nn.Module:
-        """``load_model`` on this rank's device, refused where it could not take the sequence it will get.
+        """``load_model``, refused where it could not take the sequence it will get.
 
         Raises:
             UserError: neurons in step mode 's' for a sequence [T, N, C, H, W].
@@ -245,7 +245,7 @@ class Trainer:
         )
         if probe.ndim == 5:
             functional.check_step_mode(model, "m")
-        return model.to(self.device, memory_format=torch.channels_last)
+        return model.to(memory_format=torch.channels_last)
 
     def _start(
         self, args: Any, folder: Path, strategy: Strategy, data: Any, preemption: Preemption, watch: HangWatch
@@ -367,7 +367,7 @@ class Trainer:
         }
 
     def _evaluate_epoch(self, args: Any, criterion: nn.Module, record: dict[str, Any]) -> bool:
-        """Evaluate the weights, and their average where one is kept; whether the weights are the best so far."""
+        """Evaluate the weights, and their average where one is kept; whether they are the best so far."""
         run, progress = self.run, self.run.progress
         run.strategy.sync_buffers()
         acc1 = self._evaluate_weights(args, criterion, {**record, "split": "test"})

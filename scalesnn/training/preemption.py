@@ -1,6 +1,7 @@
 """Jobs that survive preemption: a signal ends the training at a step boundary, and Slurm starts it again.
 
-    SIGUSR1 (before the time limit, --signal=USR1@120) or SIGTERM (preemption, node shutdown, scancel)
+    SIGUSR1 (before the time limit, --signal=USR1@120) or SIGTERM (preemption, node shutdown, scancel),
+    or Ctrl-C, which is not followed by a restart
       └─ the handler sets a flag, nothing else
     after a step: all ranks agree that some rank's flag is set
       └─ checkpoint ── interrupted.json ── scontrol requeue ── exit code 128 + signal
@@ -31,7 +32,7 @@ from scalesnn.base import UserError
 
 __all__ = ["Preemption", "add_preemption_arguments", "is_restart", "job_run_name", "requeue_job"]
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 PLEASE_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 AGREE_SECONDS = 1.0  # ranks ask each other about this often, so that fast steps do not pay for it
 
@@ -87,6 +88,7 @@ class Preemption:
         self.signal: signal.Signals | None = None
         self.was_agreed = False
         self._pid = os.getpid()
+        self._alone = environ.get("WORLD_SIZE", "1") == "1"  # no other rank to ask: answer at once
         self._before: dict[signal.Signals, Any] = {}
         self._every, self._until, self._last = 1, 1, time.monotonic()
 
@@ -108,8 +110,11 @@ class Preemption:
         self._before = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._pid:  # not in a data loader's process that inherited the handler
-            self.signal = signal.Signals(number)
+        if os.getpid() != self._pid:  # a data loader's process, which inherited the handler
+            return
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step to end
+        self.signal = signal.Signals(number)
 
     def agreed(self, strategy: Agreement) -> bool:
         """Whether the training has to end here: the same answer on all ranks; all must call it each step.
@@ -120,7 +125,7 @@ class Preemption:
         if self.was_agreed:
             return True
         self._until -= 1
-        if self._until > 0:
+        if self._until > 0 and not self._alone:
             return False
         now = time.monotonic()
         slow = strategy.any_rank(now - self._last > AGREE_SECONDS)
@@ -174,7 +179,7 @@ class Preemption:
         number = self.signal or signal.SIGTERM
         outcome = "not asked for a restart"
         code = 128 + number
-        if self.requeue and slurm_job(self.environ):
+        if self.requeue and number != signal.SIGINT and slurm_job(self.environ):
             if not shutil.which("scontrol"):
                 outcome, code = "the batch script requeues it", PLEASE_REQUEUE
             elif strategy.is_main:

@@ -78,6 +78,7 @@ def test_a_signal_saves_and_ends_cleanly(unbroken, images, tmp_path, sent):
     process.send_signal(sent)
     printed, _ = process.communicate(timeout=60)
     assert "Traceback" not in printed
+    assert process.returncode == 128 + sent
     assert "--resume latest" in printed
     stopped_at = max(trace(tmp_path))
     result = run(*words, "--resume", "latest")
