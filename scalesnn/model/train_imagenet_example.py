@@ -8,6 +8,7 @@ and on several devices ``torchrun --nproc-per-node 2 -m scalesnn.model.train_ima
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,9 +74,7 @@ def build_model(args: Any, num_classes: int) -> nn.Module:
         name: getattr(module, name)
         for module in (spiking_resnet, sew_resnet, ms_resnet)
         for name in module.__all__
-    }
-    makers = {
-        name: maker for name, maker in makers.items() if callable(maker) and not isinstance(maker, type)
+        if re.search(r"res(net|next)\d", name)
     }
     if args.model not in makers:
         raise UserError(

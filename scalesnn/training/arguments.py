@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 import torch
+import torchvision
 import yaml
 
 from scalesnn.base import UserError
@@ -283,8 +284,33 @@ def check_arguments(args: Any) -> None:
         raise UserError(
             "--cupy needs a GPU, and this run has none; leave it out: the CPU has fused kernels of its own"
         )
+    if args.weights is not None:
+        take_preprocessing(args)
     if args.test_only and not (args.resume or args.pretrained):
         raise UserError("--test-only needs weights to test: give --resume CHECKPOINT or --pretrained")
+
+
+def take_preprocessing(args: Any) -> None:
+    """--weights: resize, crop and interpolate test images as those weights want it, where no flag says else.
+
+    Raises:
+        UserError: torchvision has no such weights.
+    """
+    try:
+        preset = torchvision.models.get_weight(args.weights).transforms()
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(
+            f"--weights: torchvision has no {args.weights!r}; expected something like "
+            "ResNet18_Weights.IMAGENET1K_V1"
+        ) from None
+    wanted = {
+        "val_resize_size": preset.resize_size[0],
+        "val_crop_size": preset.crop_size[0],
+        "interpolation": preset.interpolation.value,
+    }
+    for destination, value in wanted.items():
+        if destination not in args.explicit:
+            setattr(args, destination, value)
 
 
 def option(destination: str) -> str:

@@ -111,3 +111,12 @@ def test_impossible_settings_are_refused(parser, words, expected):
 
 def test_defaults_are_possible(parser):
     check_arguments(parser.parse_args([]))
+
+
+def test_weights_bring_their_preprocessing_but_flags_win(parser):
+    from scalesnn.data import add_data_arguments
+
+    add_data_arguments(parser)
+    args = parser.parse_args(["--weights", "ResNet18_Weights.IMAGENET1K_V1", "--val-crop-size", "192"])
+    check_arguments(args)
+    assert (args.val_resize_size, args.val_crop_size, args.interpolation) == (256, 192, "bilinear")
