@@ -193,7 +193,8 @@ class Strategy(ABC):
         self.module = model.to(self.device)
         if self.contiguous_weights:
             for parameter in self.module.parameters():
-                parameter.data = parameter.data.contiguous()
+                # not contiguous(): a 1 x 1 kernel counts as contiguous with any strides
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._names = parameter_names(self.module)
         self._prepare(make_optimizer, make_scheduler)
 
@@ -390,10 +391,9 @@ class Strategy(ABC):
 
 def convert_batch_norm(model: nn.Module) -> nn.Module:
     """Make every BatchNorm layer of ``model`` compute its statistics over all ranks (--sync-bn)."""
-    from scalesnn import layer
+    from scalesnn.parallel.sync_batch_norm import convert_sync_batch_norm
 
-    convert: Callable[[nn.Module], nn.Module] = layer.convert_sync_batchnorm  # type: ignore[attr-defined]
-    return convert(model)
+    return convert_sync_batch_norm(model)
 
 
 def optimizer_name(optimizer: Any) -> str:
