@@ -17,7 +17,7 @@ def add_elastic_arguments(parser: ArgumentParser) -> None:
         default=None,
         type=int,
         metavar="N",
-        help="images per update over all devices: --gradient-accumulation follows from it, so that a job that "
+        help="images per update over all devices; --gradient-accumulation follows from it, so a job that "
         "resumes on fewer or more devices takes the same steps",
     )
 
@@ -50,7 +50,7 @@ def apply_global_batch(args: Any, world_size: int) -> None:
             f"= {at_once}: {cure}"
         )
     steps = wanted // at_once
-    given = getattr(args, "explicit", set())
+    given: set[str] = getattr(args, "explicit", set())
     if "gradient_accumulation" in given and args.gradient_accumulation != steps:
         raise UserError(
             f"--gradient-accumulation {args.gradient_accumulation} contradicts --global-batch {wanted}: "
