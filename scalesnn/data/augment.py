@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "TrainDraws",
     "centre_crop",
+    "draw_erase",
     "draw_train",
     "resized_size",
 ]
@@ -96,13 +97,26 @@ def draw_train(recipe: Recipe, seed: int, epoch: int, keys: BatchKeys, sizes: np
     if recipe.policy != "none":
         count = numbers_needed(recipe.policy)
         policy = draw_policy(recipe.policy, recipe.train_crop_size, numbers(Purpose.POLICY, count))
-    if recipe.erase > 0:
-        erase = _random_rectangle(
-            recipe.train_crop_size, numbers(Purpose.ERASE, 2 * _ATTEMPTS + 3), recipe.erase
-        )
-    else:
-        erase = np.zeros((len(keys), 4), np.int64)
-    return TrainDraws(crop, flip, policy, erase)
+    size = (recipe.train_crop_size, recipe.train_crop_size)
+    return TrainDraws(crop, flip, policy, draw_erase(recipe.erase, size, seed, epoch, keys))
+
+
+def draw_erase(
+    probability: float, size: tuple[int, int], seed: int, epoch: int, keys: BatchKeys
+) -> np.ndarray:
+    """Rectangles to erase in images of ``size``: int64 [n, 4], top, left, height, width; zeros for none."""
+    if probability <= 0:
+        return np.zeros((len(keys), 4), np.int64)
+    numbers = uniforms(seed, epoch, Purpose.ERASE, keys.images, keys.copies, 2 * _ATTEMPTS + 3)
+    area = np.full(len(keys), float(size[0] * size[1]))
+    heights, widths = _first_fit(area, numbers, _ERASED_AREA, _ERASED_ASPECT)
+    fits = (heights < size[0]) & (widths < size[1])
+    rows, first = np.arange(len(keys)), fits.argmax(axis=1)
+    height, width = heights[rows, first], widths[rows, first]
+    top = np.floor(numbers[:, 20] * (size[0] - height + 1))
+    left = np.floor(numbers[:, 21] * (size[1] - width + 1))
+    chosen = fits.any(axis=1) & (numbers[:, 22] < probability) & (height > 0) & (width > 0)
+    return np.where(chosen[:, None], np.stack((top, left, height, width), axis=1), 0.0).astype(np.int64)
 
 
 def _first_fit(
@@ -142,19 +156,6 @@ def _random_crop(sizes: np.ndarray, numbers: np.ndarray, minimum_area: float) ->
         axis=1,
     )
     return crop.astype(np.int64)
-
-
-def _random_rectangle(size: int, numbers: np.ndarray, probability: float) -> np.ndarray:
-    """RandomErasing's rectangles in a square of ``size``, int64 [n, 4]; zeros where nothing is erased."""
-    area = np.full(len(numbers), float(size * size))
-    heights, widths = _first_fit(area, numbers, _ERASED_AREA, _ERASED_ASPECT)
-    fits = (heights < size) & (widths < size)
-    rows, first = np.arange(len(numbers)), fits.argmax(axis=1)
-    height, width = heights[rows, first], widths[rows, first]
-    top = np.floor(numbers[:, 20] * (size - height + 1))
-    left = np.floor(numbers[:, 21] * (size - width + 1))
-    chosen = fits.any(axis=1) & (numbers[:, 22] < probability) & (height > 0) & (width > 0)
-    return np.where(chosen[:, None], np.stack((top, left, height, width), axis=1), 0.0).astype(np.int64)
 
 
 def resized_size(sizes: np.ndarray, shorter: int) -> np.ndarray:

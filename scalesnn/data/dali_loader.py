@@ -170,43 +170,45 @@ class DaliLoader(Loader):
         running.clear()
 
     def _recover(self, epoch: int, running: deque[_Prepared], error: RuntimeError) -> Tensor:
-        """The first of ``running`` failed: find its bad images, prepare it again and run all of ``running``
+        """A batch failed, perhaps not the first: find the bad images, prepare and run all of ``running``
         again."""
-        for _ in range(self.settings.batch_size + 1):
-            self._find_bad(running[0].raw, error)
-            running[0] = self._prepare(epoch, running[0].number)
+        for _ in range(2 * self.depth * self.settings.batch_size):
+            self._find_bad([batch.raw for batch in running], error)
             self._pipeline = None
-            for prepared in running:
-                self._run(prepared)
+            for place, batch in enumerate(running):
+                running[place] = self._prepare(epoch, batch.number)
+                self._run(running[place])
             try:
                 return self._take(running[0])
             except RuntimeError as again:
                 error = again
         raise error
 
-    def _find_bad(self, raw: RawBatch, error: RuntimeError) -> None:
-        """Note the images of a failed batch that Pillow cannot decode, and those that only Pillow can.
+    def _find_bad(self, batches: list[RawBatch], error: RuntimeError) -> None:
+        """Note the images of failed batches that Pillow cannot decode, or else those that only Pillow can.
 
         Raises:
             UserError: see BadImages.add.
             RuntimeError: ``error``, when every image can be decoded: then it was not the images.
         """
-        before = len(self.bad.reasons), len(self.reader.by_pillow)
-        suspects = []
-        for image, data in zip(raw.images.tolist(), raw.data, strict=True):
+        images = {
+            image: data
+            for raw in batches
+            for image, data in zip(raw.images.tolist(), raw.data, strict=True)
+            if image not in self.bad.reasons
+        }
+        before = len(self.bad.reasons)
+        for image, data in images.items():
             try:
                 decode_rgb(data)
             except BadImageError as reason:
                 self.bad.add(image, str(reason))
-            else:
-                suspects.append((image, data))
-        if len(self.bad.reasons) > before[0]:
+        if len(self.bad.reasons) > before:
             return
-        for image, data in suspects:
-            if image not in self.reader.by_pillow and not self._decodes(data):
-                self.reader.by_pillow.add(image)
-        if len(self.reader.by_pillow) == before[1]:
+        failing = {image for image, data in images.items() if not self._decodes(data)} - self.reader.by_pillow
+        if not failing:
             raise error
+        self.reader.by_pillow |= failing
 
     def _decodes(self, data: bytes) -> bool:
         """Whether DALI decodes these bytes."""

@@ -8,12 +8,15 @@ import warnings
 
 import numpy as np
 
-__all__ = ["BadImageError", "as_bitmap", "decode_rgb", "image_size"]
+__all__ = ["BadImageError", "as_bitmap", "decode_rgb", "image_kind", "image_size", "looks_whole"]
 
 
 class BadImageError(Exception):
     """These bytes are not a readable image; the message is the reason, without the file's name."""
 
+
+# What files claim is not always so: a header of a few bytes must not make a decoder ask for gigabytes.
+_MOST_PIXELS = 178_956_970  # Pillow refuses more, too
 
 # Markers that open a JPEG frame: C0 to CF but DHT (C4), JPG (C8) and DAC (CC).
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -25,10 +28,17 @@ def image_size(data: bytes) -> tuple[int, int]:
     JPEG and PNG headers are read here, in a few microseconds; Pillow reads the others.
 
     Raises:
-        BadImageError: empty, or no image format that Pillow knows.
+        BadImageError: empty, no image format that Pillow knows, or of an impossible size.
     """
     if not data:
         raise BadImageError("the file is empty")
+    height, width = _stored_size(data)
+    if height * width > _MOST_PIXELS:
+        raise BadImageError(f"its header claims {height} x {width} pixels")
+    return height, width
+
+
+def _stored_size(data: bytes) -> tuple[int, int]:
     if data[:2] == b"\xff\xd8":
         size = _jpeg_size(data)
         if size is not None:
@@ -75,20 +85,53 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def decode_rgb(data: bytes) -> np.ndarray:
-    """Decode every pixel with Pillow: uint8 [H, W, 3], EXIF orientation not applied.
+def looks_whole(data: bytes) -> bool:
+    """Whether the end of a JPEG or PNG is there, in a microsecond; true for other formats.
+
+    A truncated JPEG decodes without complaint as long as only its upper part is asked for, so this is looked
+    at
+    before a window is cut out: whether an image counts as bad must not depend on the window.
+    """
+    if data[:2] == b"\xff\xd8":
+        return data.rfind(b"\xff\xd9") > 0
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return data.rfind(b"IEND", -64) > 0
+    return True
+
+
+def image_kind(data: bytes) -> tuple[str, str]:
+    """Pillow's names of format and pixel mode, as ("JPEG", "CMYK").
 
     Raises:
-        BadImageError: the bytes are empty, no image, or end too early.
+        BadImageError: not an image.
     """
-    if not data:
-        raise BadImageError("the file is empty")
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
+                return image.format or "", image.mode
+    except Exception as error:
+        raise BadImageError("not an image") from error
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Decode every pixel with Pillow: uint8 [H, W, 3], EXIF orientation not applied.
+
+    Raises:
+        BadImageError: the bytes are empty, no image, of an impossible size, or end too early.
+    """
+    image_size(data)
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                if image.mode.startswith("I"):  # 16 bits: Pillow would cut the values off at 255
+                    grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+                    return np.stack((grey, grey, grey), axis=-1)
                 return np.asarray(image.convert("RGB"))
     except Exception as error:
         reason = str(error)

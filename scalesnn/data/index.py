@@ -16,7 +16,7 @@ import numpy as np
 
 from scalesnn.base import UserError
 
-__all__ = ["IMAGE_EXTENSIONS", "ImageIndex", "folder_stamp", "index_folder"]
+__all__ = ["IMAGE_EXTENSIONS", "ImageIndex", "class_folders", "index_folder"]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -119,15 +119,8 @@ class ImageIndex:
         return {**self.__dict__, "_descriptors": {}}
 
 
-def folder_stamp(root: Path) -> str:
-    """A short text that changes when a file is added to or removed from a class folder of ``root``."""
-    digest = hashlib.sha256(str(root.resolve()).encode())
-    for entry in sorted(_class_folders(root), key=lambda entry: entry.name):
-        digest.update(f"{entry.name} {entry.stat().st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _class_folders(root: Path) -> list[os.DirEntry[str]]:
+def class_folders(root: Path) -> list[os.DirEntry[str]]:
+    """The folders in ``root``, without the hidden ones."""
     with os.scandir(root) as entries:
         return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
 
@@ -161,7 +154,7 @@ def index_folder(
     """
     if not root.is_dir():
         raise UserError(f"no folder {root}: the data folder must hold train/CLASS/*.jpg and val/CLASS/*.jpg")
-    found = sorted(entry.name for entry in _class_folders(root))
+    found = sorted(entry.name for entry in class_folders(root))
     if not found:
         raise UserError(f"{root} holds no class folders: expected {root}/CLASS/*.jpg")
     if classes is not None:

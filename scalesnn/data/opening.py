@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from scalesnn.base import UserError
 from scalesnn.data.arguments import default_workers
 from scalesnn.data.augment import Recipe
-from scalesnn.data.index import ImageIndex, folder_stamp, index_folder
+from scalesnn.data.frames import FramesLoader, frames_shape
+from scalesnn.data.listing import BAD_LIST, is_frames, open_index, read_bad_list
 from scalesnn.data.loader import Loader, LoaderSettings
 from scalesnn.data.mixing import Mixer
 from scalesnn.data.policies import stages_of
 
-__all__ = ["BAD_LIST", "SAMPLE", "Data", "open_data", "read_bad_list"]
+__all__ = ["SAMPLE", "Data", "open_data"]
 
 log = logging.getLogger("scalesnn.data")
 
 SAMPLE = Path(__file__).parent / "sample" / "fashion-mnist"
-BAD_LIST = "bad-images.txt"
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Data:
         notices: lines for the user, collected while opening.
         fingerprint: changes with the list of images or labels: two ranks, or a run and the one it continues,
             that differ here see different data.
+        frames_shape: T, C, H, W where the data are event frames, in batches [n, T, C, H, W]; None for images.
     """
 
     train: Loader
@@ -43,6 +45,7 @@ class Data:
     classes: list[str]
     notices: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    frames_shape: tuple[int, int, int, int] | None = None
 
     def close(self) -> None:
         """End threads and processes."""
@@ -85,39 +88,6 @@ def _check(args: argparse.Namespace, batch_size: int) -> Recipe:
     )
 
 
-def read_bad_list(path: Path, root: Path) -> set[str]:
-    """The images that a list of `scalesnn data check` names, as full paths: one a line, up to a tab; # begins
-    a comment.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise UserError(f"--bad-image-list {path}: {error.strerror}") from error
-    return {str(root / line.split("\t")[0]) for line in lines if line.strip() and not line.startswith("#")}
-
-
-def _index(root: Path, classes: list[str] | None, cache: Path | None) -> ImageIndex:
-    """The index of one split, from ``cache`` where that is a folder that has it."""
-    if cache is None or not root.is_dir():
-        return index_folder(root, classes)
-    file = cache / f"{root.name}-{folder_stamp(root)}.npz"
-    if file.is_file():
-        with np.load(file) as stored:
-            names = str(stored["names"]).split("\n")
-            index = ImageIndex(str(stored["classes"]).split("\n"), stored["labels"], names, root)
-        if classes is None or classes == index.classes:
-            return index
-    index = index_folder(root, classes)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{id(index)}.partial.npz")
-    np.savez(partial, names="\n".join(index.names), classes="\n".join(index.classes), labels=index.labels)
-    partial.replace(file)
-    return index
-
-
 def open_data(
     args: argparse.Namespace,
     *,
@@ -149,8 +119,8 @@ def open_data(
     if not root.is_dir():
         raise UserError(f"--data-path {root}: no such folder")
     cache = Path(getattr(args, "output_dir", None) or ".") / "data-index" if args.cache_dataset else None
-    train_index = _index(root / "train", None, cache)
-    val_index = _index(root / "val", train_index.classes, cache)
+    train_index = open_index(root / "train", cache=cache)
+    val_index = open_index(root / "val", train_index.classes, cache)
     listed = Path(args.bad_image_list) if args.bad_image_list else root / BAD_LIST
     if args.bad_image_list or listed.is_file():
         bad = read_bad_list(listed, root)
@@ -163,7 +133,16 @@ def open_data(
             raise UserError(f"{listed} leaves no image to train or to validate on")
         notices.append(f"{left_out} images are left out, as {listed} says")
 
-    loader_class = _loader_class(args.loader)
+    shape: tuple[int, int, int, int] | None = None
+    if is_frames(train_index):
+        shape = frames_shape(train_index)
+        notices.append(
+            f"event frames [T, C, H, W] = {list(shape)}: used as they are, without resizing, flips and "
+            "--auto-augment"
+        )
+        loader_class: Callable[..., Loader] = functools.partial(FramesLoader, shape=shape)
+    else:
+        loader_class = _loader_class(args.loader)
     mixer = None
     if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
         mixer = Mixer(seed, len(train_index.classes), args.mixup_alpha, args.cutmix_alpha)
@@ -172,7 +151,12 @@ def open_data(
                 f"an odd batch size ({batch_size}) on {world_size} ranks: the partners of mixup and cutmix "
                 "depend on the number of ranks"
             )
-    if recipe.policy != "none" and recipe.interpolation == "bicubic" and args.loader == "dali":
+    if (
+        shape is None
+        and recipe.policy != "none"
+        and recipe.interpolation == "bicubic"
+        and args.loader == "dali"
+    ):
         notices.append("--interpolation bicubic: the policy's shears and rotations stay bilinear with DALI")
 
     def settings(train: bool) -> LoaderSettings:
@@ -197,7 +181,9 @@ def open_data(
             f"{len(train_index)} training images are fewer than a global batch of {batch_size * world_size}: "
             "images repeat inside a batch"
         )
-    return Data(train, val, train_index.classes, notices, train_index.fingerprint() + val_index.fingerprint())
+    return Data(
+        train, val, train_index.classes, notices, train_index.fingerprint() + val_index.fingerprint(), shape
+    )
 
 
 def _loader_class(name: str) -> type[Loader]:

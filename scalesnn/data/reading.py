@@ -8,16 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from scalesnn.data.headers import BadImageError, as_bitmap, decode_rgb, image_size
+from scalesnn.data.headers import BadImageError, as_bitmap, decode_rgb, image_size, looks_whole
 from scalesnn.data.loader import BadImages
 from scalesnn.data.sampling import BatchKeys
 
 __all__ = ["Prefetcher", "RawBatch", "Reader"]
-
-_CHUNK = 16  # images that a reading thread takes at once
 
 
 @dataclass
@@ -27,14 +26,14 @@ class RawBatch:
     Attributes:
         keys: which images were asked for; in evaluation without the bad ones.
         images: int64 [n], which images were read: others than the keys' where a bad one was replaced.
-        data: the files' bytes.
+        data: the files' bytes, or whatever a subclass of Reader makes of them.
         sizes: int64 [n, 2], heights and widths.
         replaced: how many bad images were replaced or left out.
     """
 
     keys: BatchKeys
     images: np.ndarray
-    data: list[bytes]
+    data: list[Any]
     sizes: np.ndarray
     replaced: int
 
@@ -46,32 +45,40 @@ class Reader:
         bad: the images known to be bad; grows.
         train: replace bad images; otherwise leave them out.
         threads: how many threads read; 1 reads in the caller's.
+        chunk: images that a thread takes at once.
     """
 
-    def __init__(self, bad: BadImages, train: bool, threads: int) -> None:
+    def __init__(self, bad: BadImages, train: bool, threads: int, chunk: int = 16) -> None:
+        self.chunk = chunk
         self.bad = bad
         self.train = train
         self.by_pillow: set[int] = set()  # readable, but not by the fast decoder
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, "scalesnn-read") if threads > 1 else None
 
-    def _read_one(self, image: int) -> tuple[bytes, tuple[int, int]]:
-        for attempt in range(3):  # network file systems fail for a moment at times
+    def _read_bytes(self, image: int) -> bytes:
+        """The bytes of an image; BadImageError where they cannot be had."""
+        attempt = 0
+        while True:  # network file systems fail for a moment at times
             try:
-                data = self.bad.index.read(image)
-                break
+                return self.bad.index.read(image)
             except FileNotFoundError as error:
                 raise BadImageError("the file is gone") from error
             except OSError as error:
                 if attempt == 2:
                     raise BadImageError(f"cannot be read: {error.strerror or error}") from error
                 time.sleep(0.05 * 4**attempt)
+                attempt += 1
+
+    def _read_one(self, image: int) -> tuple[Any, tuple[int, int]]:
+        """Bytes that the decoder can take, height and width of an image; BadImageError for a bad one."""
+        data = self._read_bytes(image)
         size = image_size(data)
-        if image in self.by_pillow:
+        if image in self.by_pillow or not looks_whole(data):
             data = as_bitmap(decode_rgb(data))
         return data, size
 
-    def _read_good(self, image: int) -> tuple[int, bytes, tuple[int, int]] | None:
+    def _read_good(self, image: int) -> tuple[int, Any, tuple[int, int]] | None:
         """Image ``image`` or its replacement; None for a bad image of an evaluation."""
         while True:
             if not self.train and image in self.bad.reasons:
@@ -89,9 +96,9 @@ class Reader:
         Raises:
             UserError: a bad image where bad images stop the run, or too many of them.
         """
-        chunks = [keys.images[at : at + _CHUNK].tolist() for at in range(0, len(keys), _CHUNK)]
+        chunks = [keys.images[at : at + self.chunk].tolist() for at in range(0, len(keys), self.chunk)]
 
-        def read_chunk(images: list[int]) -> list[tuple[int, bytes, tuple[int, int]] | None]:
+        def read_chunk(images: list[int]) -> list[tuple[int, Any, tuple[int, int]] | None]:
             return [self._read_good(image) for image in images]
 
         run = map if self._pool is None or len(chunks) < 2 else self._pool.map

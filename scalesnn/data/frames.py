@@ -1,0 +1,133 @@
+"""Event-camera frames: arrays [T, C, H, W] in .npy or .npz files, so that T comes from the data.
+
+The layout is SpikingJelly's frames folder: CLASS/*.npz (with an array "frames") or CLASS/*.npy, below train/
+and val/.
+Frames are used as they are: no resizing, no normalisation, no flip (gestures have a left and a right) and no
+policy; random erasing (the same rectangle at every time-step), mixup and CutMix apply.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Generator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scalesnn.base import UserError
+from scalesnn.data.augment import draw_erase
+from scalesnn.data.headers import BadImageError
+from scalesnn.data.index import ImageIndex
+from scalesnn.data.loader import Loader, LoaderSettings
+from scalesnn.data.mixing import Mixer
+from scalesnn.data.reading import Prefetcher, RawBatch, Reader
+from scalesnn.data.sampling import BatchKeys
+
+__all__ = ["FramesLoader", "decode_frames", "frames_shape"]
+
+
+def decode_frames(data: bytes) -> np.ndarray:
+    """The array of a .npy file, or of a .npz file the one named "frames" or the only one.
+
+    Raises:
+        BadImageError: not such a file, or not four dimensions of numbers.
+    """
+    if not data:
+        raise BadImageError("the file is empty")
+    try:
+        loaded = np.load(io.BytesIO(data), allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            names = loaded.files
+            frames = loaded["frames" if "frames" in names else names[0]]
+            if "frames" not in names and len(names) != 1:
+                raise BadImageError(f"has arrays {', '.join(names)}, but none named frames")
+        else:
+            frames = loaded
+    except (ValueError, OSError, EOFError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise BadImageError(f"not a .npy or .npz file of numbers ({error})") from error
+    if frames.ndim != 4 or frames.dtype.kind not in "buif":
+        raise BadImageError(f"expected numbers [T, C, H, W], found {frames.dtype} {list(frames.shape)}")
+    return frames
+
+
+def frames_shape(index: ImageIndex) -> tuple[int, int, int, int]:
+    """T, C, H, W of the first array of ``index``.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        shape = decode_frames(index.read(0)).shape
+    except (OSError, BadImageError) as error:
+        raise UserError(f"{index.path(0)}: {error}") from error
+    return (shape[0], shape[1], shape[2], shape[3])
+
+
+class FramesReader(Reader):
+    """Reads and decodes; an array of another shape than ``shape`` counts as bad."""
+
+    shape: tuple[int, ...] = ()
+
+    def _read_one(self, image: int) -> tuple[np.ndarray, tuple[int, int]]:
+        data = self._read_bytes(image)
+        frames = decode_frames(data)
+        if frames.shape != self.shape:
+            raise BadImageError(f"has shape {list(frames.shape)}, the first has {list(self.shape)}")
+        return np.ascontiguousarray(frames, np.float32), (frames.shape[2], frames.shape[3])
+
+
+class FramesLoader(Loader):
+    """Batches [n, T, C, H, W]; arguments as ``Loader``, but for
+
+    Args:
+        shape: T, C, H, W of every array.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        settings: LoaderSettings,
+        mixer: Mixer | None = None,
+        repetitions: int = 1,
+        *,
+        shape: tuple[int, int, int, int],
+    ) -> None:
+        super().__init__(index, settings, mixer, repetitions)
+        self.shape = shape
+        self.reader = FramesReader(self.bad, settings.train, max(1, settings.workers), chunk=2)
+        self.reader.shape = shape
+
+    def _prepare(self, epoch: int, number: int) -> tuple[RawBatch, Tensor]:
+        settings = self.settings
+        raw = self.reader.read(self.keys(epoch, number))
+        images = torch.empty((len(raw.data), *self.shape))
+        for row, data in enumerate(raw.data):
+            images[row] = torch.from_numpy(data)
+        if settings.train and settings.recipe.erase > 0:
+            boxes = draw_erase(settings.recipe.erase, self.shape[2:], settings.seed, epoch, raw.keys)
+            for row, (top, left, height, width) in enumerate(boxes.tolist()):
+                images[row, :, :, top : top + height, left : left + width] = 0
+        raw.data = []
+        return raw, images
+
+    def _batches(self, epoch: int, start: int) -> Generator[tuple[Tensor, Tensor, BatchKeys], None, None]:
+        settings = self.settings
+        numbers = range(start, len(self))
+        prefetcher = Prefetcher(lambda number: self._prepare(epoch, number), numbers, settings.prefetch)
+        try:
+            for _ in numbers:
+                prepared = prefetcher.get()
+                assert isinstance(prepared, tuple)
+                raw, images = prepared
+                self.bad.replaced += raw.replaced
+                labels = torch.from_numpy(self.index.labels[raw.images])
+                yield images.to(settings.device, settings.dtype), labels.to(settings.device), raw.keys
+        finally:
+            prefetcher.close()
+
+    def close(self) -> None:
+        """End a running epoch and the reading threads."""
+        super().close()
+        self.reader.close()

@@ -1,0 +1,159 @@
+"""``scalesnn data pack`` turns millions of small files into shards; ``scalesnn data index`` stores the list
+of a folder."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from scalesnn.base import UserError
+from scalesnn.data.index import ImageIndex
+from scalesnn.data.listing import STORED_INDEX, is_frames, make_index, store_index
+from scalesnn.data.sampling import random_permutation
+from scalesnn.data.shards import CLASSES_FILE
+
+__all__ = ["add_index_command", "add_pack_command", "pack_split"]
+
+
+def _members(index: ImageIndex, order: np.ndarray) -> Iterator[tuple[str, bytes, int]]:
+    """Name, bytes and label of each image; members are numbered, because keys must differ."""
+    for place, image in enumerate(order.tolist()):
+        extension = os.path.splitext(index.names[image])[1].lower() or ".jpg"
+        yield f"{place:08d}{extension}", index.read(image), int(index.labels[image])
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def pack_split(index: ImageIndex, target: Path, shard_bytes: int, progress: bool = False) -> int:
+    """Write the images of ``index`` as WebDataset shards shard-NNNNNN.tar into the new folder ``target``.
+
+    Images are shuffled once, so that a reader that goes through shards in order does not see one class after
+    the other; scalesnn itself does not need that.
+
+    Args:
+        index: the images.
+        target: the folder; made here.
+        shard_bytes: a shard is closed when it has so many bytes of images.
+        progress: show a bar.
+
+    Returns:
+        the number of shards.
+
+    Raises:
+        UserError: ``target`` is not empty.
+    """
+    from rich.progress import track
+
+    target.mkdir(parents=True, exist_ok=True)
+    if any(target.iterdir()):
+        raise UserError(f"{target} is not empty")
+    order = random_permutation(0, 0, len(index))
+    shards = 0
+    members = track(_members(index, order), target.name, total=len(index), disable=not progress)
+    rest = iter(members)
+    for first in rest:
+        size = 0
+        with tarfile.open(target / f"shard-{shards:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, data, label in itertools.chain([first], rest):
+                _add(tar, name, data)
+                _add(tar, f"{name.split('.')[0]}.cls", str(label).encode())
+                size += len(data)
+                if size >= shard_bytes:
+                    break
+        shards += 1
+    return shards
+
+
+def _splits(root: Path) -> list[Path]:
+    """DIR/train and DIR/val, those that are there.
+
+    Raises:
+        UserError: neither is.
+    """
+    splits = [root / name for name in ("train", "val") if (root / name).is_dir()]
+    if not splits:
+        raise UserError(f"{root} has neither a folder train nor a folder val")
+    return splits
+
+
+def run_pack(args: argparse.Namespace) -> int:
+    """The command ``pack``."""
+    source, target = Path(args.folder), Path(args.target)
+    if args.shard_size < 1:
+        raise UserError(f"--shard-size must be at least 1, got {args.shard_size}")
+    classes: list[str] | None = None
+    for split in _splits(source):
+        index = make_index(split, classes)
+        if is_frames(index):
+            raise UserError(f"{split} holds event frames: pack is for images")
+        classes = classes or index.classes
+        shards = pack_split(index, target / split.name, args.shard_size * 2**20, not args.quiet)
+        index.close()
+        print(f"{len(index)} images in {shards} shards in {target / split.name}")
+    assert classes is not None
+    (target / CLASSES_FILE).write_text("\n".join(classes) + "\n", encoding="utf-8")
+    _store(target)
+    return 0
+
+
+def _store(root: Path) -> None:
+    """Store the index of each split of ``root`` beside its files."""
+    classes: list[str] | None = None
+    for split in _splits(root):
+        index = make_index(split, classes)
+        classes = classes or index.classes
+        try:
+            store_index(index, split / STORED_INDEX)
+        except OSError as error:
+            raise UserError(
+                f"{split / STORED_INDEX} cannot be written ({error.strerror}): train with --cache-dataset, "
+                "which keeps the list beside the run"
+            ) from error
+        print(f"{split}: {len(index)} images of {len(index.classes)} classes")
+
+
+def run_index(args: argparse.Namespace) -> int:
+    """The command ``index``."""
+    _store(Path(args.folder))
+    return 0
+
+
+def add_pack_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``pack`` to the data commands."""
+    parser = commands.add_parser(
+        "pack",
+        help="write images as WebDataset shards",
+        description="Write the images of DIR/train and DIR/val as tar shards, for file systems that are slow "
+        "with millions of small files. Train on TARGET with --data-path TARGET.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="data folder")
+    parser.add_argument("target", metavar="TARGET", help="new folder")
+    parser.add_argument(
+        "--shard-size", type=int, default=256, metavar="MIB", help="images a shard, in MiB (256)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=run_pack)
+
+
+def add_index_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``index`` to the data commands."""
+    parser = commands.add_parser(
+        "index",
+        help="store the list of images beside them",
+        description="List the images of DIR/train and DIR/val once and store the lists there: training then "
+        "starts without walking through folders or shards. Run it again after a change; a list that is "
+        "out of date is not used.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="data folder")
+    parser.set_defaults(run=run_index)
