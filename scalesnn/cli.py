@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from scalesnn.base import UserError
 
 __all__ = ["main"]
+
+
+def command_adders() -> Iterator[Callable[[Any], None]]:
+    """The functions that add a command each; imported here, so that ``import scalesnn.cli`` is light."""
+    from scalesnn.data.commands import add_data_command
+    from scalesnn.launch_command import add_launch_command
+
+    yield add_data_command
+    yield add_launch_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

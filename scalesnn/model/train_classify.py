@@ -42,6 +42,7 @@ from scalesnn.training.arguments import (
     check_arguments,
 )
 from scalesnn.training.checkpoint import CheckpointManager, Progress
+from scalesnn.training.elastic import add_elastic_arguments, apply_global_batch
 from scalesnn.training.ema import ModelEma, adjusted_decay
 from scalesnn.training.hang_watch import HangWatch, add_hang_arguments
 from scalesnn.training.loop import Run
@@ -76,6 +77,7 @@ class Trainer:
         add_data_arguments(parser)
         add_optimization_arguments(parser)
         add_parallel_arguments(parser)
+        add_elastic_arguments(parser)
         add_run_arguments(parser)
         add_preemption_arguments(parser)
         add_hang_arguments(parser)
@@ -193,6 +195,7 @@ class Trainer:
         check_arguments(args)
         set_deterministic(args.seed, args.disable_uda)
         self.topology = Topology.from_environment(local_rank_flag=args.local_rank)
+        apply_global_batch(args, self.topology.world_size)
         strategy = create_strategy(args, self.topology)
         self.device = strategy.setup_device(args.device)
         folder = self._choose_folder(args, strategy)
@@ -334,10 +337,10 @@ class Trainer:
                 strategy.model, criterion, strategy.optimizer, train, self.device, epoch, args, run.ema
             )
             if progress.step == steps_before:  # a user's own train_one_epoch, which keeps no account
-                progress.step, progress.batch = steps_before + len(train), len(train)
+                progress.step, progress.batch = steps_before + len(train), run.batches_per_epoch
             if run.interrupted:
                 break
-            if progress.batch >= len(train):
+            if progress.batch >= run.batches_per_epoch:
                 if strategy.scheduler is not None:
                     strategy.scheduler.step()
                 progress.epoch, progress.batch, run.averages = epoch + 1, 0, None

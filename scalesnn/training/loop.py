@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,12 @@ class Run:
     averages: Averages | None = None  # of the epoch so far
 
     @property
+    def batches_per_epoch(self) -> int:
+        """Batches of an epoch on this rank: whole steps only, where --gradient-accumulation joins several."""
+        steps = len(self.data.train) // self.strategy.accumulation
+        return steps * self.strategy.accumulation
+
+    @property
     def finished(self) -> bool:
         """Whether --max-steps is reached."""
         return self.args.max_steps is not None and self.progress.step >= self.args.max_steps
@@ -89,7 +96,8 @@ def train_one_epoch(
     model.train()
     run.averages = run.averages or Averages(NAMES, run.device)
     of_step = Averages(NAMES, run.device)
-    for images, targets in timer.data(loader.epoch(epoch, progress.batch)):
+    left = run.batches_per_epoch - progress.batch
+    for images, targets in timer.data(islice(loader.epoch(epoch, progress.batch), left)):
         with timer.phase("forward"), strategy.autocast(), run.spikes.watch(progress.step + 1):
             output_NK = trainer.process_model_output(
                 args, model(trainer.preprocess_train_sample(args, images))
@@ -117,7 +125,11 @@ def train_one_epoch(
         of_step.reset()
         if run.preemption.agreed(strategy) or run.finished:
             break
-        if args.save_every and progress.step % args.save_every == 0 and progress.batch < len(loader):
+        if (
+            args.save_every
+            and progress.step % args.save_every == 0
+            and progress.batch < run.batches_per_epoch
+        ):
             run.save()
     return run.averages.means(strategy.reduce_sum)
 
