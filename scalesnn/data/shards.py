@@ -129,8 +129,10 @@ def _walk_tar(shard: Path) -> Iterator[_Entry]:
     """KEY.jpg (or another image) with KEY.cls or KEY.json; members of a key follow each other."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    end = 0
     with tarfile.open(shard, "r:") as tar:
         for member in tar:
+            end = member.offset_data + (member.size + 511) // 512 * 512
             if not member.isfile():
                 continue
             folder, _, base = member.name.rpartition("/")
@@ -144,6 +146,10 @@ def _walk_tar(shard: Path) -> Iterator[_Entry]:
                 text = file.read()
                 labels[key] = int(text) if extension == ".cls" else int(json.loads(text)["label"])
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+    with open(shard, "rb") as file:  # tarfile takes a cut for the end
+        file.seek(end)
+        if file.read(512) != bytes(512):
+            raise ValueError("it is cut off")
     for key, (name, offset, length) in images.items():
         if key not in labels:
             raise UserError(f"{shard}: {name} has no label: expected {key.lstrip('/')}.cls beside it")
