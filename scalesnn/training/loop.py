@@ -125,11 +125,8 @@ def train_one_epoch(
         of_step.reset()
         if run.preemption.agreed(strategy) or run.finished:
             break
-        if (
-            args.save_every
-            and progress.step % args.save_every == 0
-            and progress.batch < run.batches_per_epoch
-        ):
+        due = args.save_every and progress.step % args.save_every == 0
+        if due and progress.batch < run.batches_per_epoch:  # at its end an epoch is saved anyway
             run.save()
     return run.averages.means(strategy.reduce_sum)
 
