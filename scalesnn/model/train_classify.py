@@ -189,6 +189,8 @@ class Trainer:
                 time.sleep(5)
             print(f"scalesnn: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
 
     def _main(self, args: Any) -> None:
         """The stages of a run, each with what the ones before it made."""
@@ -268,7 +270,8 @@ class Trainer:
         checkpoints = CheckpointManager(
             folder / "checkpoints", strategy, args.keep_checkpoints, ema=ema, notice=notices.append
         )
-        progress, extra = Progress(epoch=args.start_epoch), {}
+        extra: dict[str, Any] = {}
+        progress = Progress(epoch=args.start_epoch)
         if args.resume == "latest" and checkpoints.latest() is None:
             notices.append(f"--resume latest: nothing to resume in {folder}, so this run starts fresh")
         elif args.resume is not None:
@@ -421,9 +424,8 @@ def set_deterministic(seed: int, disable_uda: bool = False) -> None:
     if not disable_uda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # the check of others' bugs costs every step
-        )
+        # filling memory before use finds bugs of operators, and costs time at every step
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class RecipeParser(jsonargparse.ArgumentParser):
         namespace.explicit = given
         return namespace
 
-    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
         """Print what is wrong in one line and exit with code 2."""
         print(f"{self.prog}: {self._plain(message)}", file=sys.stderr)
         raise SystemExit(2)
