@@ -1,11 +1,12 @@
 """Weights & Biases: one run per job, one id for its life, online where possible and offline by itself.
 
-The trap. Every process of a resumed offline run leaves its own ``offline-run-…`` folder with the same id, and
-``wandb sync`` uploads each of them from line 0: the last one overwrites the others (wandb issues 2423, 3841,
-4624). The way out. metrics.jsonl is the record of a run, already cut at the step it resumed from. A resumed
-offline run therefore begins its new folder with everything metrics.jsonl holds, and the older folders move
-to ``wandb_replaced``: at any time one folder has the whole run, and plain ``wandb sync`` uploads it whole.
-Online, the server says up to which step it has the run, and only later records are sent.
+The trap. Every process of a resumed offline run leaves its own ``offline-run-…`` folder with the same id. Up
+to wandb 0.30, ``wandb sync`` uploads each from line 0, and the last one overwrites the others (wandb issues
+2423, 3841, 4624); from 0.31 on it appends them, and the steps between the checkpoint and the crash are there
+twice. The way out. metrics.jsonl is the record of a run, already cut at the step it resumed from. A resumed
+offline run therefore begins its new folder with everything in metrics.jsonl that is not uploaded yet, and
+the older folders move to ``wandb_replaced``: at any time one folder has all there is to upload. Online, the
+server says up to which step it has the run, and only later records are sent.
 
 All calls into wandb are made by one thread of our own with a bounded queue, so that neither a slow start, a
 dead network nor a slow disk is ever waited for by a training step.
@@ -29,10 +30,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from scalesnn.tracking.records import named_scalars
+from scalesnn.tracking.wandb_log import read_history
 
 __all__ = ["WandbOptions", "WandbSink", "run_id_of", "sync_command", "write_offline_run"]
 
 _QUEUE_LENGTH = 20_000
+WAIT_S = 60.0  # how long the end of a run waits for the upload
 _BEST = {
     "train_acc1": "max",
     "train_acc5": "max",
@@ -87,7 +90,7 @@ class WandbSink:
         history: records of the steps before this process, in order (metrics.jsonl after its cut).
         resumed: this process continues the run.
         notify: called with a line for the user, from the sink's thread.
-        wait_s: how long ``close`` waits for the upload or the file.
+        wait_s: how long ``close`` waits for the upload or the file; ``WAIT_S`` unless given.
     """
 
     name = "W&B"
@@ -100,14 +103,14 @@ class WandbSink:
         history: Iterable[dict[str, Any]] = (),
         resumed: bool = False,
         notify: Callable[[str], None] = lambda text: None,
-        wait_s: float = 60.0,
+        wait_s: float | None = None,
     ) -> None:
         self._run_folder = run_folder
         self._options = options
         self._history = list(history)
         self._resumed = resumed
         self._notify = notify
-        self._wait_s = wait_s
+        self._wait_s = WAIT_S if wait_s is None else wait_s
         self._id = run_id_of(run_folder)
         self._queue: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue(_QUEUE_LENGTH)
         self._error: Exception | None = None
@@ -177,6 +180,7 @@ class WandbSink:
                     return self._init(wandb, "online")
                 except Exception as error:
                     reason = f"wandb.init failed ({_first_line(error)})"
+        self._known_step = self._uploaded_step() if self._resumed else -1
         run = self._init(wandb, "offline")
         if reason:
             self._notify(f"W&B is offline: {reason}")
@@ -197,7 +201,7 @@ class WandbSink:
             mode=mode,
             dir=str(self._run_folder),
             id=self._id,
-            resume="allow" if mode == "online" and self._resumed else None,
+            resume="allow" if self._resumed and (mode == "online" or self._known_step >= 0) else None,
             project=options.project,
             entity=options.entity,
             name=options.name or self._run_folder.name,
@@ -217,18 +221,27 @@ class WandbSink:
 
     def _send_history(self) -> None:
         """Bring the run up to the step this process starts from."""
-        if not self._run.offline:
-            self._known_step = int(self._run.summary.get("step", -1)) if self._resumed else -1
+        if self._resumed and not self._run.offline:
+            self._known_step = int(self._run.summary.get("step", -1))
         for record in self._history:
             self._log(record)
         self._history = []
         if self._run.offline:
             self._set_older_folders_aside()
 
+    def _uploaded_step(self) -> int:
+        """The last step in what earlier processes uploaded, -1 for nothing: folders of online runs and
+        folders that ``wandb sync`` has marked.
+        """
+        folder = self._run_folder / "wandb"
+        files = [*folder.glob(f"run-*-{self._id}/*.wandb")]
+        files += [file for file in folder.glob(f"offline-run-*-{self._id}/*.wandb") if _is_synced(file)]
+        return max((int(row.get("step", -1)) for file in files for row in read_history(file)), default=-1)
+
     def _set_older_folders_aside(self) -> None:
         current = _folder(self._run)
         for older in (self._run_folder / "wandb").glob(f"offline-run-*-{self._id}"):
-            if older.resolve() != current.resolve():
+            if older.resolve() != current.resolve() and not any(map(_is_synced, older.glob("*.wandb"))):
                 aside = self._run_folder / "wandb_replaced"
                 aside.mkdir(exist_ok=True)
                 shutil.move(str(older), str(aside / f"{older.name}-{time.time_ns()}"))
@@ -275,17 +288,19 @@ class WandbSink:
 
 
 def write_offline_run(run_folder: Path, options: WandbOptions | None = None) -> str:
-    """Write all of a run's metrics.jsonl as one offline W&B run, and return the line that uploads it.
+    """Write all of a run's metrics.jsonl as a new offline W&B run with an id of its own; returns the line
+    that uploads it.
 
     For a run whose upload broke off for good, or one that was trained with ``--wandb disabled``.
     """
     from scalesnn.tracking.jsonl import read_jsonl
 
     records = read_jsonl(run_folder / "metrics.jsonl")
-    options = options or WandbOptions(config=_config_of(run_folder))
+    options = options or WandbOptions(config=_config_of(run_folder), name=run_folder.name)
     options.mode = "offline"
-    lines = WandbSink(run_folder, options, history=records, resumed=True, wait_s=3600.0).close({})
-    return lines[0]
+    whole = run_folder / f"wandb_whole_{secrets.token_hex(4)}"
+    whole.mkdir()
+    return WandbSink(whole, options, history=records, wait_s=3600.0).close({})[0]
 
 
 def _config_of(run_folder: Path) -> dict[str, Any]:
@@ -294,6 +309,10 @@ def _config_of(run_folder: Path) -> dict[str, Any]:
     path = run_folder / "config.yaml"
     loaded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     return loaded if isinstance(loaded, dict) else {}
+
+
+def _is_synced(file: Path) -> bool:
+    return file.with_suffix(".wandb.synced").exists()
 
 
 def _folder(run: Any) -> Path:
