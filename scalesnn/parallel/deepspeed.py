@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scalesnn.base import UserError
@@ -97,6 +98,7 @@ class DeepSpeedStrategy(Strategy):
         self._shapes = {name: tuple(p.shape) for p, name in self._names.items()}
         own_optimizer = "optimizer" in self.config
         parameters = [{"params": g["params"], "weight_decay": g.get("weight_decay", 0.0)} for g in groups]
+        scalars = self._broadcast_scalars()
         try:
             self.engine, *_ = deepspeed.initialize(
                 model=self.module,
@@ -105,12 +107,13 @@ class DeepSpeedStrategy(Strategy):
                 config=self.config,
                 dist_init_required=False,
             )
-        except (AssertionError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            if type(error).__module__.startswith(("torch", "builtins")) and isinstance(error, RuntimeError):
-                raise
+        except (AssertionError, ValueError) as error:  # pydantic's and DeepSpeed's own checks of the JSON
             raise UserError(
                 f"{self.args.deepspeed_config}: DeepSpeed refuses it: {first_line(error)}"
             ) from error
+        finally:
+            for scalar in scalars:
+                del scalar.ds_optim_param  # type: ignore[attr-defined]
         self.model = self.engine
         self.optimizer = self.engine.basic_optimizer
         if self.stage == 3:
@@ -121,6 +124,19 @@ class DeepSpeedStrategy(Strategy):
             self.scheduler = EngineSchedule(self.engine.lr_scheduler)
         else:
             self.scheduler = make_scheduler(self.optimizer)
+
+    def _broadcast_scalars(self) -> list[nn.Parameter]:
+        """Take rank 0's scalar parameters (ParametricLIFNode's ``w``). DeepSpeed 0.19 cannot broadcast a
+        scalar: at stages 0 to 2 it is told to leave them out, at stage 3 they become tensors of one
+        value."""
+        scalars = [p for p in self._names if p.ndim == 0]
+        for scalar in scalars:
+            scalar.ds_optim_param = True  # type: ignore[attr-defined]
+            if self.world_size > 1:
+                dist.broadcast(scalar.detach(), src=0)
+            if self.stage == 3:
+                scalar.data = scalar.data.view(1)
+        return scalars
 
     def backward(self, loss: Tensor) -> bool:
         self.engine.set_gradient_accumulation_boundary(self.closes_step)
@@ -204,7 +220,7 @@ class DeepSpeedStrategy(Strategy):
         for parameter, name in self._names.items():
             with deepspeed.zero.GatheredParameters([parameter], enabled=True):
                 if self.is_main:
-                    state[name] = parameter.detach().cpu().clone()
+                    state[name] = parameter.detach().cpu().clone().view(self._shapes[name])
         if not self.is_main:
             return {}
         order = self.module.state_dict(keep_vars=True)

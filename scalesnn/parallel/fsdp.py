@@ -141,7 +141,9 @@ class FSDPStrategy(Strategy):
         self._take_weights_of_rank_0()
         self._scalars = [p for p in self.module.parameters() if p.ndim == 0]
         offload = CPUOffloadPolicy() if self.config.cpu_offload else OffloadPolicy()
-        reduce_dtype = DTYPES[self.config.reduce_dtype]
+        reduce_dtype: torch.dtype | None = DTYPES[self.config.reduce_dtype]
+        if self.param_dtype is None and reduce_dtype == torch.float32:
+            reduce_dtype = None  # as the gradients are
         policy = MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=reduce_dtype)
         full = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
         common: dict[str, Any] = {
