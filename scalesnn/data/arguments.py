@@ -101,6 +101,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="images to leave out, from `scalesnn data check`; default: DATA_PATH/bad-images.txt, if there",
     )
     add(
+        "--loader-tune",
+        type=str,
+        default="auto",
+        choices=["auto", "on", "off"],
+        help="measure at the start how many DALI threads pay (up to --workers); auto: on long runs only",
+    )
+    add(
         "--disable-pinmemory",
         action="store_true",
         help="no page-locked host memory in the torchvision loader, which uses less memory",

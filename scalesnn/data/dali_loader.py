@@ -65,6 +65,14 @@ class DaliLoader(Loader):
         self.reader = Reader(self.bad, settings.train, self.threads)
         self._pipeline: Any = None
 
+    def configure(self, threads: int, depth: int) -> None:
+        """Change the number of threads and of batches ahead; pixels and order stay the same."""
+        self.stop()
+        self._pipeline = None
+        self.reader.close()
+        self.threads, self.depth = threads, depth
+        self.reader = Reader(self.bad, self.settings.train, threads)
+
     def _prepare(self, epoch: int, number: int) -> _Prepared:
         """Read and draw batch ``number``: a pure function of the files, the seed, epoch and number."""
         settings = self.settings

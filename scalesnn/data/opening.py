@@ -24,6 +24,7 @@ __all__ = ["SAMPLE", "Data", "open_data"]
 
 log = logging.getLogger("scalesnn.data")
 
+LONG_RUN = 1_000_000  # training images over all epochs: from there on, measuring at the start pays
 SAMPLE = Path(__file__).parent / "sample" / "fashion-mnist"
 
 
@@ -176,6 +177,7 @@ def open_data(
 
     train = loader_class(train_index, settings(True), mixer, args.ra_reps if args.ra_sampler else 1)
     val = loader_class(val_index, settings(False))
+    notices += _tuned(args, train)
     if len(train_index) < batch_size * world_size:
         notices.append(
             f"{len(train_index)} training images are fewer than a global batch of {batch_size * world_size}: "
@@ -184,6 +186,25 @@ def open_data(
     return Data(
         train, val, train_index.classes, notices, train_index.fingerprint() + val_index.fingerprint(), shape
     )
+
+
+def _tuned(args: argparse.Namespace, loader: Loader) -> list[str]:
+    """Measure and set the DALI loader's threads, where --loader-tune says so.
+
+    Raises:
+        UserError: tuning asked for of another loader.
+    """
+    images = loader.number_of_images * int(getattr(args, "epochs", None) or 1)
+    if args.loader_tune == "off" or (args.loader_tune == "auto" and images < LONG_RUN):
+        return []
+    from scalesnn.data.dali_loader import DaliLoader
+    from scalesnn.data.tuning import tune
+
+    if isinstance(loader, DaliLoader):
+        return [tune(loader)]
+    if args.loader_tune == "on":
+        raise UserError("--loader-tune on: only --loader dali on images can be tuned")
+    return []
 
 
 def _loader_class(name: str) -> type[Loader]:
