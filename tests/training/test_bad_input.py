@@ -1,8 +1,10 @@
 """Bad input ends with exit code 2 and one line that names the cure, before any long work."""
 
+import os
 import shutil
 
 import pytest
+import torch
 from small_runs import SMALL
 
 from scalesnn.model.train_imagenet_example import SResNetTrainer
@@ -20,13 +22,13 @@ def refused(capsys, *words):
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers_and_algorithms(monkeypatch):
-    """Runs in this process must leave torch's global settings as they were."""
-    import torch
-
-    before = torch.are_deterministic_algorithms_enabled()
+def process_left_as_it_was():
+    """A run in this process sets environment variables and torch's global settings."""
+    environment, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(deterministic)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.mark.parametrize(
