@@ -140,7 +140,8 @@ class FSDPStrategy(Strategy):
     def _prepare(self, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
         self._take_weights_of_rank_0()
         self._scalars = [p for p in self.module.parameters() if p.ndim == 0]
-        offload = CPUOffloadPolicy() if self.config.cpu_offload else OffloadPolicy()
+        pinned = self.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.cpu_offload else OffloadPolicy()
         reduce_dtype: torch.dtype | None = DTYPES[self.config.reduce_dtype]
         if self.param_dtype is None and reduce_dtype == torch.float32:
             reduce_dtype = None  # as the gradients are

@@ -24,7 +24,7 @@ class _Normalise(torch.autograd.Function):
     """(x - mean) · weight / std + bias with mean and std over all ranks; returns y, mean, variance, count."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         channels = x.shape[1]
@@ -49,7 +49,7 @@ class _Normalise(torch.autograd.Function):
         return y, mean, var, n
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, scale, n = ctx.saved_tensors
         kind = accumulator(x.dtype)
         dims = [0, *range(2, x.ndim)]

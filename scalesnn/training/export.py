@@ -1,0 +1,125 @@
+"""``scalesnn export``: one file of whole weights, under torchvision's keys, from a checkpoint of any
+strategy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scalesnn.base import UserError
+from scalesnn.training.checkpoint import checkpoint_folders, read_pointer, resolve_folder
+from scalesnn.training.checkpoint_storage import DTYPES, DamagedCheckpointError, Index
+
+__all__ = ["add_export_command", "export", "read_weights"]
+
+
+def add_export_command(subparsers: Any) -> None:
+    """Define ``scalesnn export``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "export", help="write a checkpoint's weights to one file", description=__doc__
+    )
+    parser.add_argument("checkpoint", help="a checkpoint, or a run's folder (its newest checkpoint is taken)")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write")
+    parser.add_argument(
+        "--format", default=None, choices=("safetensors", "pt"), help="default: by FILE's name"
+    )
+    parser.add_argument("--ema", action="store_true", help="the averaged weights (of a run with --model-ema)")
+    parser.set_defaults(run=run_export)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code."""
+    path, count = export(args.checkpoint, args.output, kind=args.format, ema=args.ema)
+    size = Path(args.output).stat().st_size
+    print(f"{args.output}: {count} tensors, {size / 1e6:.1f} MB, from {path}")
+    return 0
+
+
+def export(
+    checkpoint: Path | str, output: Path | str, *, kind: str | None = None, ema: bool = False
+) -> tuple[Path, int]:
+    """Write whole weights to one file.
+
+    Args:
+        checkpoint: a checkpoint's folder, a run's, or a pointer file.
+        output: the file; it is replaced only when the new one is complete.
+        kind: ``safetensors`` or ``pt`` (torch.save of a state dict); None: by the file's suffix.
+        ema: the averaged weights instead.
+
+    Returns:
+        the checkpoint's folder, and the number of tensors written.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, holds no average, or the file cannot be
+            written.
+    """
+    output = Path(output).expanduser()
+    if kind is None:
+        kind = "pt" if output.suffix in (".pt", ".pth") else "safetensors"
+    folder = find_checkpoint(Path(checkpoint))
+    weights = read_weights(folder, ema=ema)
+    beside = output.with_name(f".{output.name}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "pt":
+            torch.save(weights, beside)
+        else:
+            save_file(weights, beside, metadata={"format": "pt"})
+        os.replace(beside, output)
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"--output {output}: cannot be written ({reason})") from None
+    return folder, len(weights)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path stands for: itself, or the newest of a run."""
+    path = resolve_folder(path)
+    for folder in (path, path / "checkpoints"):
+        if (folder / "latest").is_file() or checkpoint_folders(folder):
+            name = read_pointer(folder / "latest")
+            folders = sorted(checkpoint_folders(folder))
+            if name and (folder / name).is_dir():
+                return folder / name
+            if folders:
+                return folders[-1]
+    return path
+
+
+def read_weights(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """Whole weights and buffers of a checkpoint, every byte of it checked.
+
+    Raises:
+        UserError: it is missing or damaged, or ``ema`` is wanted and it holds none.
+    """
+    try:
+        if not folder.is_dir():
+            raise DamagedCheckpointError("there is no such folder")
+        index = Index.read(folder)
+        problem = next((p for p in (index.check_file(folder, name) for name in index.files) if p), None)
+        if problem:
+            raise DamagedCheckpointError(problem)
+        prefix = "ema." if ema else "model."
+        names = [name for name in index.tensors if name.startswith(prefix)]
+    except DamagedCheckpointError as error:
+        raise UserError(f"checkpoint {folder} cannot be used: {error}") from None
+    if not names:
+        raise UserError(f"checkpoint {folder} holds no averaged weights: its run had no --model-ema")
+    files = {name: safe_open(str(folder / name), framework="pt") for name in index.files}
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        entry = index.tensors[name]
+        shape = torch.Size(entry["shape"])
+        flat = torch.empty(shape.numel(), dtype=DTYPES[entry["dtype"]])
+        for start, length, file in entry["entries"]:
+            flat[start : start + length] = files[file].get_tensor(f"{name}@{start}")
+        weights[name.removeprefix(prefix)] = flat.view(shape)
+    return weights
