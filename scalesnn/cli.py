@@ -15,10 +15,14 @@ __all__ = ["main"]
 def command_adders() -> Iterator[Callable[[Any], None]]:
     """The functions that add a command each; imported here, so that ``import scalesnn.cli`` is light."""
     from scalesnn.data.commands import add_data_command
+    from scalesnn.doctor import add_doctor_command
     from scalesnn.launch_command import add_launch_command
+    from scalesnn.training.export import add_export_command
 
     yield add_data_command
+    yield add_export_command
     yield add_launch_command
+    yield add_doctor_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

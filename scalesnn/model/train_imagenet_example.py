@@ -9,6 +9,7 @@ and on several devices ``torchrun --nproc-per-node 2 -m scalesnn.model.train_ima
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,18 +20,24 @@ from scalesnn.model import ms_resnet, sew_resnet, spiking_resnet
 from scalesnn.model.train_classify import Trainer
 from scalesnn.training.arguments import RecipeParser, nearest
 
-__all__ = ["SResNetTrainer", "build_model", "repeat_over_time"]
+__all__ = ["SResNetTrainer", "build_model", "model_makers"]
+
+NEURONS = {"IF": neuron.IFNode, "LIF": neuron.LIFNode, "PLIF": neuron.ParametricLIFNode}
 
 
 class SResNetTrainer(Trainer):
-    """Trains the nets of ``scalesnn.model`` for ``--T`` time-steps on static images."""
+    """Trains the nets of ``scalesnn.model`` for ``--T`` time-steps, on static images or event frames."""
 
     def get_args_parser(self, add_help: bool = True) -> RecipeParser:
-        """The Trainer's flags and --T, --cupy."""
+        """The Trainer's flags and those of spiking networks."""
         parser = super().get_args_parser(add_help)
         group = parser.add_argument_group("spiking")
         group.add_argument("--T", type=int, default=4, metavar="N", help="time-steps")
         group.add_argument("--cupy", action="store_true", help="insist on the CuPy kernels (needs a GPU)")
+        group.add_argument("--neuron", default="IF", metavar="NAME", help=", ".join(NEURONS))
+        group.add_argument("--tau", type=float, default=2.0, help="time constant of LIF, initial one of PLIF")
+        group.add_argument("--surrogate", default="ATan", metavar="NAME", help="class of scalesnn.surrogate")
+        group.add_argument("--cnf", default="ADD", metavar="NAME", help="SEW-ResNet: ADD, AND or IAND")
         return parser
 
     def get_tb_logdir_name(self, args: Any) -> str:
@@ -38,59 +45,71 @@ class SResNetTrainer(Trainer):
         return super().get_tb_logdir_name(args) + f"_T{args.T}"
 
     def load_model(self, args: Any, num_classes: int) -> nn.Module:
-        """``--model`` by name, with IF neurons, ATan surrogate and detached reset, in multi-step mode."""
+        """``--model`` by name, with detached reset, in multi-step mode."""
         return build_model(args, num_classes)
 
     def preprocess_train_sample(self, args: Any, x: Tensor) -> Tensor:
-        """Show the image at every time-step: [N, C, H, W] → [T, N, C, H, W]."""
-        return repeat_over_time(x, args.T)
+        """Show the image at every time-step: [N, C, H, W] → [T, N, C, H, W], a view that takes no memory.
+
+        Event frames, [N, T, C, H, W], have their time-steps already: → [T, N, C, H, W].
+        """
+        return x.transpose(0, 1) if x.ndim == 5 else functional.repeat_over_time(x, args.T)
 
     def preprocess_test_sample(self, args: Any, x: Tensor) -> Tensor:
-        """Show the image at every time-step: [N, C, H, W] → [T, N, C, H, W]."""
-        return repeat_over_time(x, args.T)
+        """As for training."""
+        return self.preprocess_train_sample(args, x)
 
     def process_model_output(self, args: Any, y: Tensor) -> Tensor:
         """The mean over time-steps: [T, N, classes] → [N, classes]."""
         return y.mean(0)
 
 
-def repeat_over_time(x: Tensor, time_steps: int) -> Tensor:
-    """[N, C, H, W] → [T, N, C, H, W] without a copy: the stride of T is 0, so the stem is computed once.
-
-    A batch that has a time axis already, [N, T, C, H, W] (event frames), is only turned to [T, N, C, H, W].
-    """
-    if x.ndim == 5:
-        return x.transpose(0, 1)
-    return x.unsqueeze(0).expand(time_steps, *x.shape)
-
-
-def build_model(args: Any, num_classes: int) -> nn.Module:
-    """Build the network that ``--model`` names.
-
-    Raises:
-        UserError: no such network.
-    """
-    makers = {
+def model_makers() -> dict[str, Callable[..., nn.Module]]:
+    """The functions that build a network, by the name that --model takes."""
+    return {
         name: getattr(module, name)
         for module in (spiking_resnet, sew_resnet, ms_resnet)
         for name in module.__all__
         if re.search(r"res(net|next)\d", name)
     }
-    if args.model not in makers:
-        raise UserError(
-            f"--model: unknown {args.model!r}{nearest(args.model, list(makers))} (known: {', '.join(makers)})"
-        )
-    model = makers[args.model](
-        pretrained=args.pretrained,
-        num_classes=1000 if args.pretrained else num_classes,
-        spiking_neuron=neuron.IFNode,
-        surrogate_function=surrogate.ATan(),
-        detach_reset=True,
+
+
+def build_model(args: Any, num_classes: int) -> nn.Module:
+    """Build the network that the flags name.
+
+    Raises:
+        UserError: no such network, neuron or surrogate, or --cnf for a network that has none.
+    """
+    maker = choose("--model", args.model, model_makers())
+    node = choose("--neuron", args.neuron, NEURONS)
+    surrogates = {
+        n: getattr(surrogate, n) for n in surrogate.__all__ if isinstance(getattr(surrogate, n), type)
+    }
+    settings: dict[str, Any] = {
+        "spiking_neuron": node,
+        "surrogate_function": choose("--surrogate", args.surrogate, surrogates)(),
+        "detach_reset": True,
+    }
+    if args.neuron != "IF":
+        settings["tau" if args.neuron == "LIF" else "init_tau"] = args.tau
+    if args.model.startswith("sew_"):
+        settings["cnf"] = args.cnf
+    elif "cnf" in args.explicit:
+        raise UserError(f"--cnf is for SEW-ResNets, but --model is {args.model}: leave it out")
+    model = maker(
+        pretrained=args.pretrained, num_classes=1000 if args.pretrained else num_classes, **settings
     )
     functional.set_step_mode(model, "m")
     if args.cupy:
-        functional.set_backend(model, "cupy", neuron.IFNode)
+        functional.set_backend(model, "cupy", neuron.BaseNode)
     return model
+
+
+def choose(flag: str, name: str, known: dict[str, Any]) -> Any:
+    """``known[name]``; a UserError that names what is near, and all there is, where it is not known."""
+    if name not in known:
+        raise UserError(f"{flag}: unknown {name!r}{nearest(name, list(known))} (known: {', '.join(known)})")
+    return known[name]
 
 
 if __name__ == "__main__":
