@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from scalesnn.base import MemoryModule, MultiStepModule, StepModule, UserError
 from scalesnn.functional import multi_step_forward, seq_to_ann_forward
+from scalesnn.kernels import ops, spikes
+from scalesnn.kernels.unit import Normalisation, normalise, usable
+from scalesnn.neuron import BaseNode
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -30,6 +33,7 @@ __all__ = [
     "MaxPool2d",
     "MultiStepContainer",
     "SeqToANNContainer",
+    "convert_sync_batchnorm",
 ]
 
 
@@ -51,8 +55,8 @@ class _StepLayer(nn.Module, StepModule):
         if self.step_mode == "s":
             return forward(x)
         if _is_repeated(x):
-            y = forward(x[0])
-            return y.expand(x.shape[0], *y.shape)
+            once = forward(_once(x))
+            return spikes.mark_repeated(once.expand(x.shape[0], *once.shape), once)
         return seq_to_ann_forward(x, forward)
 
 
@@ -74,20 +78,57 @@ def _is_repeated(x_seq: Tensor) -> bool:
     return x_seq.shape[0] > 1 and x_seq.stride(0) == 0
 
 
+def _once(x_seq: Tensor) -> Tensor:
+    """The one step [N, …] that a sequence repeats."""
+    once = getattr(spikes.marked(x_seq), "scalesnn_once", None)
+    return x_seq[0] if once is None else once
+
+
 class Conv2d(_StepLayer, nn.Conv2d):
-    """``torch.nn.Conv2d`` for [N, C, H, W] or [T, N, C, H, W]; torch's arguments, and ``step_mode``."""
+    """``torch.nn.Conv2d`` for [N, C, H, W] or [T, N, C, H, W]; torch's arguments, and ``step_mode``.
+
+    Of an input that is known to be spikes, only the bits are kept for the weight's gradient.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve every image."""
-        return self._over_time(super().forward, x)
+        plain = self.step_mode == "s" or x.dim() != 5 or _is_repeated(x) or not torch.is_grad_enabled()
+        if plain or self.padding_mode != "zeros" or isinstance(self.padding, str) or not spikes.is_spikes(x):
+            return self._over_time(super().forward, x)
+        return self._of_spikes(x)
+
+    def _of_spikes(self, x: Tensor) -> Tensor:
+        bits = spikes.bits_of(x)
+        assert bits is not None
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        y = ops.spike_conv2d(x.flatten(0, 1), *bits, weight, bias, *geometry)
+        return y.unflatten(0, x.shape[:2])
 
 
 class MaxPool2d(_StepLayer, nn.MaxPool2d):
-    """``torch.nn.MaxPool2d`` for [N, C, H, W] or [T, N, C, H, W]; torch's arguments, and ``step_mode``."""
+    """``torch.nn.MaxPool2d`` for [N, C, H, W] or [T, N, C, H, W]; torch's arguments, and ``step_mode``.
+
+    Where autograd records, the places of the maxima are kept in 2 bytes rather than 8. Maxima of spikes are
+    spikes.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool every image."""
-        return self._over_time(super().forward, x)
+        largest = spikes.is_spikes(x)
+        if self.step_mode == "m" and x.requires_grad and not self.return_indices and x.dim() == 5:
+            y = self._over_time(self._lean, x)
+        else:
+            y = self._over_time(super().forward, x)
+        return spikes.mark_spikes(y, largest) if largest and isinstance(y, Tensor) else y
+
+    def _lean(self, x: Tensor) -> Tensor:
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+        kernel, stride, padding, dilation = ([s, s] if isinstance(s, int) else list(s) for s in sizes)
+        return ops.max_pool2d(x, kernel, stride, padding, dilation, self.ceil_mode)[0]
 
 
 class AvgPool2d(_StepLayer, nn.AvgPool2d):
@@ -136,18 +177,22 @@ class _NormUnit(_StepLayer):
             neuron: takes the sum; its spikes are returned. Without it the sum is returned.
             residual: added to the normalised input; its shape.
         """
-        if neuron is not None:
-            spikes = self._fused(x, neuron, residual)
-            if spikes is not None:
-                return spikes
+        if self._fuses(x, neuron, residual):
+            norm = self._statistics(x)
+            norm.residual = residual
+            return normalise(x, norm) if neuron is None else neuron(x, norm=norm)
         y = self._normalise(x)
         if residual is not None:
             y = y + residual
         return y if neuron is None else neuron(y)
 
-    def _fused(self, x: Tensor, neuron: nn.Module, residual: Tensor | None) -> Tensor | None:
-        """The unit from a fused kernel; None where none can run."""
-        return None
+    def _fuses(self, x: Tensor, neuron: nn.Module | None, residual: Tensor | None) -> bool:
+        """Whether the unit can be one fused op."""
+        return False
+
+    def _statistics(self, x: Tensor) -> Normalisation:
+        """What the fused op does to ``x``; updates running statistics."""
+        raise NotImplementedError
 
     def _normalise(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -158,11 +203,79 @@ class BatchNorm2d(_NormUnit, nn.BatchNorm2d):
 
     torch's arguments, and ``step_mode``. ``forward(x, neuron, residual)``: the whole unit norm → (+
     residual) → neuron.
+
+    Attributes:
+        backend: 'auto' runs fused where possible, 'torch' is the reference.
+        group: name of the process group over which statistics are taken, '' for none; set by
+            ``convert_sync_batchnorm``.
     """
+
+    backend: str = "auto"
+    group: str = ""
+
+    def _fuses(self, x: Tensor, neuron: nn.Module | None, residual: Tensor | None) -> bool:
+        if (
+            self.step_mode != "m"
+            or x.dim() != 5
+            or x.shape[2] != self.num_features
+            or self.backend == "torch"
+        ):
+            return False
+        if neuron is not None:
+            if not isinstance(neuron, BaseNode) or not neuron.fuses(x) or _is_watched(neuron):
+                return False
+        elif not usable(x, "auto") or (residual is None and _is_repeated(x)):
+            return False
+        if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+            return False
+        return not self._uses_batch() or bool(self.group) or x.numel() > x.shape[2]
+
+    def _uses_batch(self) -> bool:
+        """Whether the statistics are the batch's, not the running ones."""
+        return self.training or self.running_mean is None or self.running_var is None
+
+    def _statistics(self, x: Tensor) -> Normalisation:
+        real = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if self._uses_batch():
+            repeated = _is_repeated(x)
+            with torch.no_grad():
+                moments = ops.batch_statistics(_once(x).unsqueeze(0) if repeated else x)
+                count = torch.full((), x.numel() // x.shape[2], dtype=torch.float64, device=x.device)
+                mean, variance, count = _over_group(moments, count, self.group)
+                if self.training:
+                    self._update_running_statistics(mean, variance, count)
+                inverse_variance = (variance + self.eps).reciprocal()
+                inverse_std = inverse_variance.sqrt().to(real)
+                mean = mean.to(real)
+            constants: tuple[Tensor, Tensor, str] | tuple[()] = (inverse_variance, count, self.group)
+        else:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            mean = self.running_mean.to(real)
+            inverse_std = (self.running_var.to(real) + self.eps).rsqrt()
+            constants = ()
+        scale = inverse_std if self.weight is None else self.weight.to(real) * inverse_std
+        bias = torch.zeros_like(mean) if self.bias is None else self.bias.to(real)
+        return Normalisation(mean, scale, bias, *constants)
+
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """As torch: the running variance is of the unbiased kind."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        momentum: Tensor | float = 0.0 if self.momentum is None else self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1 / self.num_batches_tracked.double()
+        unbiased = variance * (count / (count - 1))
+        self.running_mean.copy_(self.running_mean * (1 - momentum) + mean * momentum)
+        self.running_var.copy_(self.running_var * (1 - momentum) + unbiased * momentum)
 
     def _normalise(self, x: Tensor) -> Tensor:
         _check_images(self, x)
         normalise = super(_NormUnit, self).forward
+        if self.group and self._uses_batch():
+            return self._normalise_over_group(x)
         if self.step_mode == "s":
             return normalise(x)
         n = x[0].numel() // x.shape[2]
@@ -175,8 +288,68 @@ class BatchNorm2d(_NormUnit, nn.BatchNorm2d):
         if before is not None and self.running_var is not None and self.num_batches_tracked is not None:
             momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
             scale = (n - 1) / n * (n * x.shape[0]) / (n * x.shape[0] - 1)
-            self.running_var.mul_(scale).add_(before, alpha=(1 - momentum) * (1 - scale))
+            # .data: autograd keeps running_var with the graph, unread, and would complain of the change
+            self.running_var.data.mul_(scale).add_(before, alpha=(1 - momentum) * (1 - scale))
         return y.expand(x.shape[0], *y.shape)
+
+    def _normalise_over_group(self, x: Tensor) -> Tensor:
+        """Plain torch with statistics over the process group, on any backend; autograd goes through the
+        sums."""
+        dims = [d for d in range(x.dim()) if d != x.dim() - 3]
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        count = torch.full((), x.numel() // x.shape[-3], dtype=torch.float64, device=x.device)
+        count = ops.all_reduce(count, self.group).to(wide.dtype)
+        mean = ops.differentiable_all_reduce(wide.sum(dims), self.group) / count
+        centred = wide - mean[:, None, None]
+        variance = ops.differentiable_all_reduce(centred.square().sum(dims), self.group) / count
+        if self.training:
+            self._update_running_statistics(mean.detach(), variance.detach(), count)
+        y = centred * (variance + self.eps).rsqrt()[:, None, None]
+        if self.weight is not None and self.bias is not None:
+            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        return y.to(x.dtype)
+
+
+def _over_group(moments: Tensor, count: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count over all ranks of a group, from each rank's own (Chan, Golub, LeVeque
+    1979)."""
+    if not group:
+        return moments[0], moments[1], count
+    moments = torch.where(count > 0, moments, 0)  # a rank without images has a say of nought
+    total = ops.all_reduce(count, group)
+    mean = ops.all_reduce(moments[0] * count, group) / total
+    squares = (moments[1] + (moments[0] - mean).square()) * count
+    return mean, ops.all_reduce(squares, group) / total, total
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hook looks at the module's input, which a fused unit does not make. The hooks of
+    ZeRO-3 and
+    FSDP2, which gather parameters, do not count."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    names = (getattr(hook, "__module__", "") or "" for hook in hooks)
+    return any(not name.startswith(("deepspeed.", "torch.")) for name in names)
+
+
+def convert_sync_batchnorm(
+    model: nn.Module, process_group: torch.distributed.ProcessGroup | None = None
+) -> nn.Module:
+    """Let every BatchNorm2d of the model take its statistics over all ranks of a process group, NCCL or gloo.
+
+    Args:
+        process_group: all ranks where None.
+
+    Returns:
+        the same model; its modules, parameters and state dict stay as they are.
+    """
+    group = torch.distributed.group.WORLD if process_group is None else process_group
+    if group is None:
+        raise UserError("synchronised BatchNorm needs torch.distributed to be initialised")
+    for module in model.modules():
+        if isinstance(module, BatchNorm2d):
+            module.group = group.group_name
+    return model
 
 
 class GroupNorm(_NormUnit, nn.GroupNorm):
@@ -205,8 +378,13 @@ class Dropout(MemoryModule):
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         """[N, …] to the same shape."""
-        if not self.training:
-            return x
+        return x * self._mask_for(x) if self.training else x
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """[T, N, …] to the same shape, the same mask at every step."""
+        return x_seq * self._mask_for(x_seq[0]) if self.training else x_seq
+
+    def _mask_for(self, x: Tensor) -> Tensor:
         if self.mask is None:
             self.mask = F.dropout(torch.ones_like(x), self.p, training=True)
         elif self.mask.shape != x.shape:
@@ -214,15 +392,7 @@ class Dropout(MemoryModule):
                 f"Dropout holds a mask of shape {tuple(self.mask.shape)} but got an input of shape "
                 f"{tuple(x.shape)}: call functional.reset_net(net) between batches"
             )
-        return x * self.mask
-
-    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        """[T, N, …] to the same shape, the same mask at every step."""
-        if not self.training:
-            return x_seq
-        if self.mask is None:
-            self.mask = F.dropout(torch.ones_like(x_seq[0]), self.p, training=True)
-        return x_seq * self.mask
+        return self.mask
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of it."""

@@ -21,6 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from scalesnn.base import MemoryModule, UserError
+from scalesnn.kernels.unit import (
+    NeuronParameters,
+    Normalisation,
+    backend_name,
+    fused_unit,
+    log_backend,
+    neuron_surrogate,
+    usable,
+    why_not_cupy,
+)
 from scalesnn.surrogate import Sigmoid, SurrogateFunctionBase
 
 __all__ = ["BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
@@ -106,25 +116,33 @@ class BaseNode(MemoryModule):
         self.neuronal_reset(spike)
         return spike.to(x.dtype)
 
-    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+    def multi_step_forward(self, x_seq: Tensor, norm: Normalisation | None = None) -> Tensor:
         """A sequence of input currents [T, N, …] to spikes of the same shape, dtype and memory format.
+
+        Args:
+            norm: see ``forward``.
 
         Raises:
             UserError: T < 1, or ``v`` is left over from inputs of another shape.
         """
         if x_seq.dim() < 1 or x_seq.shape[0] < 1:
             raise UserError(f"expected a sequence [T, N, …] with T >= 1, got the shape {tuple(x_seq.shape)}")
-        spikes = self._fused(x_seq)
+        spikes = self._fused(x_seq, norm)
         if spikes is None:
             spikes = self._torch_multi_step(x_seq)
         if self.observer is not None:
             self.observer(self, spikes.detach(), self.v.detach() if isinstance(self.v, Tensor) else None)
         return spikes
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Spikes of one step or of a sequence, as ``step_mode`` says."""
+    def forward(self, x: Tensor, norm: Normalisation | None = None) -> Tensor:
+        """Spikes of one step or of a sequence, as ``step_mode`` says.
+
+        Args:
+            x: input current, [N, …] or [T, N, …].
+            norm: what a normalisation layer does to ``x`` first; given by the layer where ``fuses(x)``.
+        """
         if self.step_mode == "m":
-            return self.multi_step_forward(x)
+            return self.multi_step_forward(x, norm)
         spike = self.single_step_forward(x)
         if self.store_v_seq and isinstance(self.v, Tensor):
             v = self.v.unsqueeze(0)
@@ -148,9 +166,68 @@ class BaseNode(MemoryModule):
         else:
             self.v = self.v.to(x.device, dtype)
 
-    def _fused(self, x_seq: Tensor) -> Tensor | None:
-        """Spikes from a fused kernel, with ``v`` (and ``v_seq``) updated; None where none can run."""
+    def fuses(self, x_seq: Tensor) -> bool:
+        """Whether a fused kernel runs this neuron on inputs like ``x_seq`` [T, N, …].
+
+        Raises:
+            UserError: backend 'cupy' cannot run on ``x_seq``.
+        """
+        plain = self.step_mode != "m" or self._kernel_neuron is None or not self.surrogate_function.spiking
+        if self.backend == "cupy":
+            reason = "this neuron or its surrogate has no fused kernel" if plain else why_not_cupy(x_seq)
+            if reason is not None:
+                raise UserError(f"{type(self).__name__}: {reason}")
+        return (
+            not plain
+            and self.surrogate_function.kernel_expression is not None
+            and usable(x_seq, self.backend)
+        )
+
+    @property
+    def _kernel_neuron(self) -> str | None:
+        """The name of this neuron's charge in ``kernels.ops.CHARGES``; None for one the kernels do not know,
+        such as
+        a subclass with a charge, a fire or a reset of its own."""
+        if any(getattr(type(self), name) is not getattr(BaseNode, name) for name in _FUSED_METHODS):
+            return None
+        charge = type(self).neuronal_charge
+        if charge is IFNode.neuronal_charge:
+            return "integrate"
+        if charge in (LIFNode.neuronal_charge, ParametricLIFNode.neuronal_charge):
+            return "leaky_with_input" if self.decay_input else "leaky"
         return None
+
+    def _fused(self, x_seq: Tensor, norm: Normalisation | None = None) -> Tensor | None:
+        """Spikes from a fused kernel, with ``v`` (and ``v_seq``) updated; None where none can run."""
+        fuses = self.fuses(x_seq)
+        if not torch.compiler.is_compiling():
+            log_backend(backend_name(x_seq.device) if fuses else "torch", x_seq.device.type)
+        surrogate = self.surrogate_function
+        known = (
+            neuron_surrogate(surrogate.kernel_expression, surrogate.kernel_parameters()) if fuses else None
+        )
+        if known is None:
+            return None
+        if isinstance(self.v, Tensor):
+            self.prepare_v(x_seq[0])
+        w = getattr(self, "w", None)
+        charge = self._kernel_neuron
+        assert charge is not None
+        parameters = NeuronParameters(
+            charge,
+            self.v_threshold,
+            self.v_reset,
+            self.detach_reset,
+            *known,
+            tau=getattr(self, "tau", 1.0),
+            decay=None if w is None else w.sigmoid(),
+        )
+        spikes, v = fused_unit(x_seq, parameters, self.v, self.store_v_seq, norm)
+        if self.store_v_seq:
+            self.v_seq, self.v = v, v[-1]
+        else:
+            self.v = v
+        return spikes
 
     def _torch_multi_step(self, x_seq: Tensor) -> Tensor:
         """The reference: one step after the other in plain torch."""
@@ -257,9 +334,12 @@ class ParametricLIFNode(BaseNode):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of it."""
-        with torch.no_grad():
-            tau = 1 / self.w.sigmoid()
-        return f"{super().extra_repr()}, tau={tau:.6g}, decay_input={self.decay_input}"
+        w = self.w.detach()  # held by another rank where it is empty (ZeRO-3)
+        tau = f"{1 / w.sigmoid().item():.6g}" if w.numel() else "elsewhere"
+        return f"{super().extra_repr()}, tau={tau}, decay_input={self.decay_input}"
+
+
+_FUSED_METHODS = ("neuronal_fire", "neuronal_reset", "single_step_forward", "_torch_multi_step", "prepare_v")
 
 
 def _checked_tau(owner: str, name: str, tau: float) -> float:

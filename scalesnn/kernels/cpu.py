@@ -1,7 +1,9 @@
 """The kernel source as a CPU library: compiled with the system's C++ compiler on first use, kept in a cache.
 
-A library is found by the hash of everything that made it (source, surrogate, flags, compiler, processor). Each process
-builds in a folder of its own and moves the result into place, so that a build that died leaves nothing in the way; a
+A library is found by the hash of everything that made it (source, surrogate, flags, compiler, processor).
+Each process
+builds in a folder of its own and moves the result into place, so that a build that died leaves nothing in
+the way; a
 file lock, which the system lets go when its holder dies, keeps several processes from doing the same work.
 """
 
@@ -29,15 +31,25 @@ __all__ = ["available", "cache_folder", "call", "library"]
 
 logger = logging.getLogger("scalesnn")
 
-# No fused multiply-add: fp32 results equal torch's bit for bit. The other two let the compiler vectorise comparisons.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+# No fused multiply-add: fp32 results equal torch's bit for bit. The other two let the compiler vectorise
+# comparisons.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+)
 TYPES = {"integer": ctypes.c_longlong, "number": ctypes.c_double, "pointer": ctypes.c_void_p}
 FUNCTIONS = ("forward", "statistics", "normalise_backward", "pack", "unpack")
 LOCK_SECONDS = 120.0
 
 
 def cache_folder() -> Path:
-    """Where the compiled libraries are kept: ``SCALESNN_CACHE``, else the user's cache, else a temporary folder."""
+    """Where the compiled libraries are kept: ``SCALESNN_CACHE``, else the user's cache, else a temporary
+    folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     candidates = [home / "scalesnn", Path(tempfile.gettempdir()) / f"scalesnn-{os.getuid()}"]
     if os.environ.get("SCALESNN_CACHE"):
@@ -73,7 +85,9 @@ def library(surrogate: str | None) -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("no C++ compiler on PATH")
-    key = hashlib.sha256("\n".join([code, *FLAGS, _compiler_version(compiler), _processor()]).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\n".join([code, *FLAGS, _compiler_version(compiler), _processor()]).encode()
+    ).hexdigest()
     path = cache_folder() / f"neuron_{key[:24]}.so"
     if not path.exists():
         with _lock(path.with_suffix(".lock")):
@@ -128,7 +142,8 @@ def _ninja_on_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold a file lock where the file system has them; after LOCK_SECONDS, or without locks, go on without."""
+    """Hold a file lock where the file system has them; after LOCK_SECONDS, or without locks, go on
+    without."""
     import fcntl
     import time
 
@@ -149,7 +164,9 @@ def _lock(path: Path) -> Iterator[None]:
 
 @cache
 def _compiler_version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
 
 
 @cache

@@ -1,8 +1,9 @@
-"""The kernel source on a GPU: compiled by CuPy at run time, launched on torch's current stream, without copies."""
+"""The kernel source on a GPU: compiled by CuPy at run time, launched on torch's current stream, without
+copies."""
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def why_not() -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _function(name: str, device: int, variant: tuple[Any, ...]) -> Any:
     import cupy
 
@@ -41,7 +42,7 @@ def _function(name: str, device: int, variant: tuple[Any, ...]) -> Any:
         return _module(device, variant).get_function(name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(device: int, variant: tuple[Any, ...]) -> Any:
     import cupy
 

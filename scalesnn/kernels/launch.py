@@ -1,4 +1,5 @@
-"""From tensors to kernels: memory layouts, argument lists, and the choice between the CPU library and CuPy."""
+"""From tensors to kernels: memory layouts, argument lists, and the choice between the CPU library and
+CuPy."""
 
 from __future__ import annotations
 
@@ -11,14 +12,15 @@ from torch import Tensor
 from scalesnn.kernels import cpu, cuda
 from scalesnn.kernels.source import IDENTITY, SCALARS, fields
 
-__all__ = ["Layout", "available", "dense", "layout_of", "like", "real_dtype", "run"]
+__all__ = ["Layout", "available", "dense", "empty", "layout_of", "like", "real_dtype", "run"]
 
 CPU_TILE = 512  # neurons, as LANES in the kernel source
 CPU_SLABS = 32
 
 
 class Layout(NamedTuple):
-    """How a tensor [T, N, C, …] lies in memory: ``size`` elements a step, ``inner`` neighbours of one channel."""
+    """How a tensor [T, N, C, …] lies in memory: ``size`` elements a step, ``inner`` neighbours of one
+    channel."""
 
     size: int
     channels: int
@@ -39,8 +41,8 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None and cuda.available()
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() > 3 and x.movedim(2, -1).is_contiguous()
+def _channels_last(x: Tensor, channel: int = 2) -> bool:
+    return x.dim() > channel + 1 and x.movedim(channel, -1).is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
@@ -48,22 +50,42 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or _channels_last(x) else x.contiguous()
 
 
+def empty(x: Tensor, steps: int | None, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor in the memory format of the dense ``x`` [T, N, …]: of ``steps`` time-steps, or with
+    None one
+    step [N, …]."""
+    shape = x.shape[1:] if steps is None else (steps, *x.shape[1:])
+    dtype = x.dtype if dtype is None else dtype
+    if x.is_contiguous():
+        return torch.empty(shape, dtype=dtype, device=x.device)
+    channel = len(shape) - x.dim() + 2
+    moved = (*shape[:channel], *shape[channel + 1 :], shape[channel])
+    return torch.empty(moved, dtype=dtype, device=x.device).movedim(-1, channel)
+
+
+def like(tensor: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``tensor`` [T, N, …] or [N, …], or a copy of it, in the memory format of the dense ``x`` [T, N, …] and
+    ``dtype``
+    (that of ``x`` where None)."""
+    tensor = tensor.to(x.dtype if dtype is None else dtype)
+    if x.is_contiguous():
+        return tensor.contiguous()
+    channel = tensor.dim() - x.dim() + 2
+    if _channels_last(tensor, channel):
+        return tensor
+    steps = tensor.shape[0] if tensor.dim() == x.dim() else None
+    return empty(x, steps, tensor.dtype).copy_(tensor)
+
+
 def layout_of(x: Tensor, channels: bool) -> Layout:
-    """The layout of a dense tensor [T, N, C, …]; with ``channels`` False all neurons count as one channel's."""
+    """The layout of a dense tensor [T, N, C, …]; with ``channels`` False all neurons count as one
+    channel's."""
     size = x[0].numel()
     if not channels or x.dim() < 3:
         return Layout(size, 1, max(size, 1))
     if x.is_contiguous():
         return Layout(size, x.shape[2], max(x[0, 0, 0].numel() if size else 1, 1))
     return Layout(size, x.shape[2], 1)
-
-
-def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """``tensor``, or a copy of it, with the dtype and the strides of ``model`` (of its last dimensions)."""
-    strides = model.stride()[model.dim() - tensor.dim() :]
-    if tensor.dtype == model.dtype and (tensor.stride() == strides or tensor.numel() == 0):
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=model.dtype, device=model.device).copy_(tensor)
 
 
 @cache

@@ -1,7 +1,7 @@
 """The fused ops: torch.library custom ops with fake and autograd registrations.
 
-Names of shapes: T time-steps, N batch, C channels, … space. x is [T, N, C, …], or [1, N, C, …] with ``repeats`` = T
-where all steps are the same. The equations: docs/kernels.md.
+Names of shapes: T time-steps, N batch, C channels, … space. x is [T, N, C, …], or [1, N, C, …] with
+``repeats`` = T where all steps are the same. The equations: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalesnn.kernels.launch import dense, layout_of, like, real_dtype, run
+from scalesnn.kernels.launch import dense, empty, layout_of, like, real_dtype, run
 from scalesnn.kernels.source import IDENTITY, STEPS
 
 __all__ = [
     "CHARGES",
     "all_reduce",
     "batch_statistics",
+    "differentiable_all_reduce",
     "max_pool2d",
     "normalise",
     "normalise_backward",
@@ -30,19 +31,17 @@ __all__ = [
     "unpack",
 ]
 
-CHARGES = {"identity": 0, "integrate": 1, "leaky_with_input": 2, "leaky": 3}  # enum Charge of the kernel source
+CHARGES = {
+    "identity": 0,
+    "integrate": 1,
+    "leaky_with_input": 2,
+    "leaky": 3,
+}  # enum Charge of the kernel source
 INT16_MAX = 32767
 
 
 def _words(size: int) -> int:
     return (size + 31) // 32
-
-
-def _output(x: Tensor, repeats: int) -> Tensor:
-    """An empty tensor [T, N, C, …] with the strides of ``x``."""
-    x = dense(x)
-    steps = x.shape[0] * repeats
-    return torch.empty_strided((steps, *x.shape[1:]), x.stride(), dtype=x.dtype, device=x.device)
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -103,13 +102,14 @@ def unit(
         mean, scale, bias: y = (x - mean) * scale + bias, each [C] in ``real_dtype``; all None: y = x.
         residual: [T, N, C, …], added to y; not with ``repeats`` > 1.
         residual_bits: the same where it is spikes: kept for the backward pass in its place.
-        residual_x, residual_affine: where it is itself a normalised tensor: what was normalised, and [3, C] mean, scale
-            and bias; kept in its place.
+        residual_x, residual_affine: where it is itself a normalised tensor: what was normalised, and [3, C]
+            mean, scale and bias; kept in its place.
         v: potentials before the first step [N, C, …]; None: ``v_init`` everywhere.
         decay: 1 / tau as a tensor with one element, to be learned; None: ``tau``.
-        inverse_variance: 1 / (variance + eps) of the batch [C], where mean and scale are statistics of ``x`` itself:
-            then the gradient of ``x`` runs through them too. None: they are constants.
-        count: over how many values those statistics were taken, a float64 scalar (all ranks of ``group`` together).
+        inverse_variance: 1 / (variance + eps) of the batch [C], where mean and scale are statistics of ``x``
+            itself: then the gradient of ``x`` runs through them too. None: they are constants.
+        count: over how many values those statistics were taken, a float64 scalar (all ranks of ``group``
+            together).
         charge: one of CHARGES; 'identity' returns y itself.
         v_every_step: return the potentials after every step rather than after the last.
         with_bits: pack the spikes too.
@@ -117,8 +117,8 @@ def unit(
         group: the name of the process group over which the statistics were taken, or ''.
 
     Returns:
-        spikes like ``x`` [T, N, C, …]; v in ``real_dtype``, [N, C, …] or [T, N, C, …]; and the spikes as bits, int32
-        [T, words] (empty without ``with_bits``).
+        spikes like ``x`` [T, N, C, …]; v in ``real_dtype``, [N, C, …] or [T, N, C, …]; and the spikes as
+        bits, int32 [T, words] (empty without ``with_bits``).
 
     Kept for backward: ``x``, the residual in its cheapest form, and three numbers a channel.
     """
@@ -142,9 +142,9 @@ def unit(
 def _unit_outputs(
     x: Tensor, repeats: int, charge: int, v_every_step: bool, with_bits: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spikes = _output(x, repeats)
-    v_like = spikes if v_every_step else spikes[0]
-    v = torch.empty_like(v_like, dtype=real_dtype(x.dtype)) if charge else x.new_empty(0)
+    steps = x.shape[0] * repeats
+    spikes = empty(x, steps)
+    v = empty(x, steps if v_every_step else None, real_dtype(x.dtype)) if charge else x.new_empty(0)
     words = (spikes.shape[0], _words(x[0].numel())) if with_bits else (0, 0)
     return spikes, v, x.new_empty(words, dtype=torch.int32)
 
@@ -173,7 +173,7 @@ def _unit_arguments(
         "bias": bias,
         "residual": None if residual is None else like(residual, x),
         "residual_bits": residual_bits,
-        "v_start": None if v is None else like(v.to(real), torch.empty_like(x[0], dtype=real)),
+        "v_start": None if v is None else like(v, x, real),
         "decay": None if decay is None else decay.to(real),
         "steps": x.shape[0] * repeats,
         "x_repeated": repeats > 1,
@@ -252,29 +252,32 @@ def unit_backward(
         as ``unit``; grad_spikes and grad_v are those of its first two results, None where there is none.
 
     Returns:
-        the gradient of y (of the sum over the steps, [1, N, C, …], with ``repeats`` > 1); float64 [3, C], sums over a
-        channel of grad_y, of grad_y * (x - mean), and of the gradient of decay; the gradient of ``v`` (empty without
-        ``with_grad_v_start``).
+        the gradient of y (of the sum over the steps, [1, N, C, …], with ``repeats`` > 1); float64 [3, C],
+        sums over a
+        channel of grad_y, of grad_y * (x - mean), and of the gradient of decay; the gradient of ``v`` (empty
+        without ``with_grad_v_start``).
     """
     x = dense(x)
     layout = layout_of(x, mean is not None)
     steps = x.shape[0] * repeats
     real = real_dtype(x.dtype)
-    grad_y = torch.empty_like(x)
-    grad_v_start = torch.empty_like(x[0], dtype=real) if with_grad_v_start else x.new_empty(0)
+    grad_y = empty(x, x.shape[0])
+    grad_v_start = empty(x, None, real) if with_grad_v_start else x.new_empty(0)
     borders = (steps - 1) // STEPS if charge else 0
     chunk_v = x.new_empty((borders, layout.size), dtype=real) if borders else None
     if grad_spikes is not None:
         grad_spikes = like(grad_spikes, x)
     if grad_v is not None:
-        grad_v = like(grad_v, torch.empty_like(x if v_every_step else x[0], dtype=real))
+        grad_v = like(grad_v, x, real)
     p = [*parameters, 0.0, 0.0, 0.0, 0.0]
     sums = run(
         "backward",
         x,
         layout,
         surrogate,
-        **_unit_arguments(x, mean, scale, bias, residual, residual_bits, v, decay, repeats, charge, v_init, tau),
+        **_unit_arguments(
+            x, mean, scale, bias, residual, residual_bits, v, decay, repeats, charge, v_init, tau
+        ),
         **_reset_arguments(v_threshold, v_reset, detach_reset),
         v_every_step=v_every_step,
         grad_spikes=grad_spikes,
@@ -317,8 +320,8 @@ def _(  # type: ignore[no-untyped-def]
 ):
     x = dense(x)
     channels = x.shape[2] if mean is not None else 1
-    grad_v_start = torch.empty_like(x[0], dtype=real_dtype(x.dtype)) if with_grad_v_start else x.new_empty(0)
-    return torch.empty_like(x), x.new_empty((3, channels), dtype=torch.float64), grad_v_start
+    grad_v_start = empty(x, None, real_dtype(x.dtype)) if with_grad_v_start else x.new_empty(0)
+    return empty(x, x.shape[0]), x.new_empty((3, channels), dtype=torch.float64), grad_v_start
 
 
 def _normalise_backward(
@@ -350,18 +353,19 @@ def normalise_backward(
     """The second pass: scale * (grad - coefficients[0] - (x - mean) * coefficients[1]), like ``x``.
 
     Args:
-        coefficients: [2, C]: the mean of grad_y over a channel, and that of grad_y * (x - mean) / (variance + eps).
+        coefficients: [2, C]: the mean of grad_y over a channel, and that of grad_y * (x - mean) / (variance
+            + eps).
             None where the statistics are constants: scale * grad.
     """
     x = dense(x)
-    out = torch.empty_like(x)
+    out = empty(x, x.shape[0])
     _normalise_backward(out, like(grad, x), x, mean, scale, coefficients)
     return out
 
 
 @normalise_backward.register_fake
 def _(grad, x, mean, scale, coefficients):  # type: ignore[no-untyped-def]
-    return torch.empty_like(dense(x))
+    return empty(dense(x), x.shape[0])
 
 
 @torch.library.custom_op("scalesnn::normalise_backward_", mutates_args={"grad"})
@@ -378,17 +382,57 @@ def _(grad, x, mean, scale, coefficients):  # type: ignore[no-untyped-def]
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """The sum over a process group, named as torch names it (``group.group_name``); '' leaves the tensor as it is."""
+    """The sum over a process group, named as torch names it (``group.group_name``); '' leaves the tensor as
+    it is."""
     if not group:
         return tensor
     reduced = torch.ops._c10d_functional.all_reduce(tensor, "sum", group)
     return torch.ops._c10d_functional.wait_tensor(reduced)
 
 
+class _AllReduce(torch.autograd.Function):
+    """A sum over ranks, whose gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return all_reduce(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.contiguous(), ctx.group), None
+
+
+def differentiable_all_reduce(tensor: Tensor, group: str) -> Tensor:
+    """``all_reduce`` with autograd."""
+    return _AllReduce.apply(tensor, group)
+
+
 def normalise(x: Tensor, affine: Tensor) -> Tensor:
     """(x - mean) * scale + bias in one pass, without autograd; ``affine`` is [3, C] mean, scale and bias."""
     n = None
-    args = (n, n, n, n, n, n, n, n, 1, 0, 0.0, 1.0, 0.0, n, False, False, False, IDENTITY, [], "")
+    args: tuple[Any, ...] = (
+        n,
+        n,
+        n,
+        n,
+        n,
+        n,
+        n,
+        n,
+        1,
+        0,
+        0.0,
+        1.0,
+        0.0,
+        n,
+        False,
+        False,
+        False,
+        IDENTITY,
+        [],
+        "",
+    )
     return unit(x, affine[0], affine[1], affine[2], *args)[0]
 
 
@@ -396,7 +440,9 @@ _UNIT_INPUTS = 24
 
 
 def _unit_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, mean, scale, bias, residual, bits, residual_x, affine, v, decay, inverse_variance, count, *options = inputs
+    x, mean, scale, bias, residual, bits, residual_x, affine, v, decay, inverse_variance, count, *options = (
+        inputs
+    )
     if bits is not None:  # the residual in its cheapest form
         residual, residual_x, affine = None, None, None
     elif residual_x is not None:
@@ -411,7 +457,9 @@ def _unit_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _unit_gradients(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None, _: Any) -> tuple[Any, ...]:
-    x, mean, scale, bias, residual, bits, residual_x, affine, v, decay, inverse_variance, count = ctx.saved_tensors
+    x, mean, scale, bias, residual, bits, residual_x, affine, v, decay, inverse_variance, count = (
+        ctx.saved_tensors
+    )
     repeats, charge, *rest, v_every_step, _with_bits, surrogate, parameters, group = ctx.options
     gradients: list[Tensor | None] = [None] * _UNIT_INPUTS
     needs = ctx.needs_input_grad
@@ -465,13 +513,14 @@ def _unit_gradients(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None,
 unit.register_autograd(_unit_gradients, setup_context=_unit_context)
 
 
-# ------------------------------------------------------------------------------------------------ spikes as bits
+# -------------------------------------------------------------------------------------- spikes as bits
 @torch.library.custom_op("scalesnn::pack", mutates_args=())
 def pack(x: Tensor, planes: int) -> Tensor:
-    """Whole numbers 0 … 2^planes - 1 as bits, in the order in which they lie in memory: int32 [planes, words].
+    """Whole numbers 0 … 2^planes - 1 as bits, in the order in which they lie in memory: int32 [planes,
+    words].
 
-    ``x`` is dense (``launch.dense``). The bits of ``unit`` are those of one plane where its steps are multiples of 32
-    elements; ``unpack`` takes the number of rows into account.
+    ``x`` is dense (``launch.dense``). The bits of ``unit`` are those of one plane where its steps are
+    multiples of 32 elements; ``unpack`` takes the number of rows into account.
     """
     size = x.numel()
     bits = x.new_empty((planes, _words(size)), dtype=torch.int32)
@@ -491,8 +540,8 @@ def unpack(
 ) -> Tensor:
     """The tensor that was packed: ``shape``, ``stride`` and ``dtype`` are its own.
 
-    ``bits`` are ``pack``'s, or, with ``planes`` 0, the rows that ``unit`` makes, one a time-step (``shape[0]`` of them,
-    or a multiple where time and batch are one dimension).
+    ``bits`` are ``pack``'s, or, with ``planes`` 0, the rows that ``unit`` makes, one a time-step
+    (``shape[0]`` of them, or a multiple where time and batch are one dimension).
     """
     out = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=bits.device)
     size = out.numel()
@@ -526,13 +575,14 @@ def spike_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d`` of spikes: for the weight's gradient ``bits`` are kept in the place of ``x``.
+    """``torch.nn.functional.conv2d`` of spikes: for the weight's gradient ``bits`` are kept in the place of
+    ``x``.
 
     Args:
         x: [N, C, H, W], dense, equal to ``unpack(bits, planes, …)``.
         others: as torch's.
     """
-    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[call-overload]
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 @spike_conv2d.register_fake
@@ -573,7 +623,8 @@ def max_pool2d(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``torch.nn.functional.max_pool2d`` of [N, C, H, W]; its second result, where the maxima stand, is int16 (int32
+    """``torch.nn.functional.max_pool2d`` of [N, C, H, W]; its second result, where the maxima stand, is
+    int16 (int32
     for planes of more than 32768 values) rather than int64. For backward only that one is kept."""
     y, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)
     return y, indices.to(_index_dtype(x))

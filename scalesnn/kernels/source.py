@@ -24,7 +24,8 @@ def source() -> str:
 
 @cache
 def fields() -> tuple[tuple[str, str], ...]:
-    """Name and kind ('integer', 'number' or 'pointer') of every kernel argument, in order, from the source."""
+    """Name and kind ('integer', 'number' or 'pointer') of every kernel argument, in order, from the
+    source."""
     table = source().split("#define FIELDS(F)")[1].split("#define AS_FIELD")[0]
     kinds = {"i64": "integer", "double": "number", "const void*": "pointer", "void*": "pointer"}
     return tuple((name, kinds[kind]) for kind, name in re.findall(r"F\(([\w *]+), (\w+)\)", table))

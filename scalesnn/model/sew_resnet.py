@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scalesnn.base import UserError
+from scalesnn.kernels import spikes
 from scalesnn.model import resnet
 from scalesnn.model.resnet import ARCHITECTURES, ResNet, load_pretrained
 
@@ -34,7 +35,7 @@ __all__ = [
 
 Neuron = Callable[..., nn.Module] | None
 CONNECTING_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ADD": lambda shortcut, branch: shortcut + branch,
+    "ADD": spikes.add,
     "AND": lambda shortcut, branch: shortcut * branch,
     "IAND": lambda shortcut, branch: shortcut * (1.0 - branch),
 }

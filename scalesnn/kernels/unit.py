@@ -1,0 +1,198 @@
+"""The unit conv → BN → (+ residual) → neuron on tensors: what neurons and normalisation layers call."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from scalesnn.kernels import cpu, cuda, launch, ops, spikes
+from scalesnn.kernels.source import IDENTITY, surrogate_key
+
+__all__ = [
+    "NeuronParameters",
+    "Normalisation",
+    "fused_unit",
+    "log_backend",
+    "normalise",
+    "usable",
+    "why_not_cupy",
+]
+
+logger = logging.getLogger("scalesnn")
+
+
+@dataclass(frozen=True)
+class NeuronParameters:
+    """A neuron as the kernels see it. ``decay`` is 1 / tau as a tensor, where it is learned."""
+
+    charge: str  # one of ops.CHARGES
+    v_threshold: float
+    v_reset: float | None
+    detach_reset: bool
+    surrogate: str
+    surrogate_parameters: tuple[float, ...]
+    tau: float = 1.0
+    decay: Tensor | None = None
+
+
+@dataclass
+class Normalisation:
+    """y = (x - mean) * scale + bias, then + residual.
+
+    Args:
+        mean, scale, bias: [C]; autograd reaches the layer's parameters through scale and bias.
+        inverse_variance, count, group: of the batch's statistics, see ``ops.unit``; None where they are
+            constants.
+        residual: like x, or None.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    bias: Tensor
+    inverse_variance: Tensor | None = None
+    count: Tensor | None = None
+    group: str = ""
+    residual: Tensor | None = None
+
+
+def usable(x: Tensor, backend: str) -> bool:
+    """Whether the fused ops run on ``x``.
+
+    Args:
+        backend: 'auto', 'torch' or 'cupy'.
+
+    Raises:
+        ValueError: 'cupy' was asked for and cannot be.
+    """
+    if backend == "torch":
+        return False
+    if backend == "cupy":
+        reason = why_not_cupy(x)
+        if reason is not None:
+            raise ValueError(reason)
+    return x.dim() > 0 and launch.available(x.device, x.dtype)
+
+
+def why_not_cupy(x: Tensor) -> str | None:
+    """Why backend 'cupy' cannot run on ``x``, in one line; None where it can."""
+    if x.device.type != "cuda":
+        return f"backend 'cupy' needs CUDA tensors, got one on {x.device}: backend 'auto' runs everywhere"
+    reason = cuda.why_not()
+    return None if reason is None else f"backend 'cupy': {reason}; backend 'auto' runs without it"
+
+
+@cache
+def log_backend(name: str, device_type: str) -> None:
+    """Log once which backend neurons use on a kind of device, and warn of plain torch on a GPU."""
+    logger.info("neurons on %s: %s", device_type, name)
+    if device_type == "cuda" and name == "torch":
+        reason = cuda.why_not() or "this neuron or dtype has no fused kernel, or backend 'torch' was chosen"
+        logger.warning(
+            "neurons run in plain torch on the GPU: about 10 launches per time-step, and 17.6 instead of 4.1 "
+            "bytes kept per neuron and time-step (%s)",
+            reason,
+        )
+
+
+def fused_unit(
+    x: Tensor,
+    neuron: NeuronParameters | None,
+    v: Tensor | float = 0.0,
+    v_every_step: bool = False,
+    norm: Normalisation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the unit; its spikes are marked as such, with their bits where autograd records.
+
+    Args:
+        x: [T, N, C, …], or [T, N, …] without ``norm``.
+        neuron: None returns y itself.
+        v: the potentials before the first step, [N, C, …] or one number.
+        v_every_step: return all potentials [T, N, C, …] rather than the last.
+
+    Returns:
+        spikes (or y) like ``x``, and v in float32 (float64 for float64).
+    """
+    steps, shape = x.shape[0], x.shape
+    once = getattr(spikes.marked(x), "scalesnn_once", None)
+    residual = None if norm is None else norm.residual
+    repeats = 1
+    if residual is None and steps > 1 and (once is not None or x.stride(0) == 0):
+        x = x[:1] if once is None else once.unsqueeze(0)
+        repeats = steps
+    residual_bits = residual_x = residual_affine = None
+    recording = torch.is_grad_enabled()
+    if residual is not None and recording:
+        known = spikes.marked(residual)
+        if launch.like(known, launch.dense(x)) is known:
+            if getattr(known, "scalesnn_largest", 0) == 1 and getattr(known, "scalesnn_planes", 0) == 0:
+                residual_bits = getattr(known, "scalesnn_bits", None)
+            elif getattr(known, "scalesnn_affine", None) is not None:
+                residual_x, residual_affine = known.scalesnn_normalised, known.scalesnn_affine  # type: ignore[attr-defined]
+    if neuron is None:
+        options: tuple[object, ...] = (0, 0.0, 1.0, 0.0, None, False, False, False, IDENTITY, [])
+        decay = None
+    else:
+        decay = neuron.decay
+        options = (
+            ops.CHARGES[neuron.charge],
+            0.0 if isinstance(v, Tensor) else float(v),
+            neuron.tau,
+            neuron.v_threshold,
+            neuron.v_reset,
+            neuron.detach_reset,
+            v_every_step,
+            recording,
+            neuron.surrogate,
+            list(neuron.surrogate_parameters),
+        )
+    out, v_out, bits = ops.unit(
+        x,
+        norm.mean if norm else None,
+        norm.scale if norm else None,
+        norm.bias if norm else None,
+        residual,
+        residual_bits,
+        residual_x,
+        residual_affine,
+        v if isinstance(v, Tensor) else None,
+        decay,
+        norm.inverse_variance if norm else None,
+        norm.count if norm else None,
+        repeats,
+        *options,
+        norm.group if norm else "",
+    )
+    assert out.shape == shape
+    if neuron is not None:
+        spikes.mark_spikes(out, 1, bits if recording else None)
+    elif norm is not None and residual is None and repeats == 1 and recording:
+        affine = torch.stack(
+            [c.detach().to(launch.real_dtype(x.dtype)) for c in (norm.mean, norm.scale, norm.bias)]
+        )
+        spikes.mark_affine(out, x.detach(), affine)
+    return out, v_out
+
+
+def normalise(x: Tensor, norm: Normalisation) -> Tensor:
+    """y = (x - mean) * scale + bias (+ residual), with autograd; x [T, N, C, …]."""
+    return fused_unit(x, None, norm=norm)[0]
+
+
+def neuron_surrogate(
+    expression: str | None, parameters: dict[str, float]
+) -> tuple[str, tuple[float, ...]] | None:
+    """The surrogate as ``NeuronParameters`` has it; None where the kernels cannot have it."""
+    if expression is None or len(parameters) > 4:
+        return None
+    return surrogate_key(expression, tuple(parameters)), tuple(float(value) for value in parameters.values())
+
+
+def backend_name(device: torch.device) -> str:
+    """What the fused ops are on a device, for the log."""
+    return (
+        "fused CUDA kernels (CuPy)" if device.type == "cuda" else f"fused CPU kernels ({cpu.cache_folder()})"
+    )
