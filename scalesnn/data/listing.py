@@ -73,18 +73,27 @@ def _stamp(root: Path) -> str:
     return digest.hexdigest()
 
 
+def _as_bytes(names: list[str]) -> np.ndarray:
+    """Names as one array of bytes, zero bytes between them: a file name may hold anything else."""
+    return np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8)
+
+
+def _as_list(stored: np.ndarray) -> list[str]:
+    return stored.tobytes().decode("utf-8", "surrogateescape").split("\0")
+
+
 def store_index(index: ImageIndex, target: Path) -> None:
     """Write ``index`` to ``target``, a .npz file that open_index reads; the file appears whole or not at
     all."""
     arrays: dict[str, np.ndarray] = {
         "stamp": np.array(_stamp(index.root)),
-        "classes": np.array("\n".join(index.classes)),
-        "files": np.array("\n".join(index.files)),
+        "classes": _as_bytes(index.classes),
+        "files": _as_bytes(index.files),
         "labels": index.labels,
     }
     if index.shard is not None and index.offset is not None and index.length is not None:
         arrays |= {"shard": index.shard, "offset": index.offset, "length": index.length}
-        arrays["names"] = np.array("\n".join(index.names))
+        arrays["names"] = _as_bytes(index.names)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     with open(partial, "wb") as file:
@@ -98,7 +107,7 @@ def _stored(root: Path, source: Path) -> ImageIndex | None:
         with np.load(source, allow_pickle=False) as stored:
             if str(stored["stamp"]) != _stamp(root):
                 return None
-            classes, files = str(stored["classes"]).split("\n"), str(stored["files"]).split("\n")
+            classes, files = _as_list(stored["classes"]), _as_list(stored["files"])
             if "shard" not in stored:
                 return ImageIndex(classes, stored["labels"], files, root)
             return ImageIndex(
@@ -106,7 +115,7 @@ def _stored(root: Path, source: Path) -> ImageIndex | None:
                 stored["labels"],
                 files,
                 root,
-                names=str(stored["names"]).split("\n"),
+                names=_as_list(stored["names"]),
                 shard=stored["shard"],
                 offset=stored["offset"],
                 length=stored["length"],

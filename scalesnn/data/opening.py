@@ -160,6 +160,9 @@ def open_data(
     ):
         notices.append("--interpolation bicubic: the policy's shears and rotations stay bilinear with DALI")
 
+    if args.disable_pinmemory and args.loader == "dali":
+        notices.append("--disable-pinmemory concerns the torchvision loader only")
+
     def settings(train: bool) -> LoaderSettings:
         return LoaderSettings(
             recipe=recipe,
