@@ -22,7 +22,7 @@ from typing import IO
 
 from scalesnn.base import UserError
 
-__all__ = ["HangWatch", "add_hang_arguments", "describe_stacks"]
+__all__ = ["HangWatch", "add_hang_arguments", "describe_stacks", "short_list"]
 
 EXIT_CODE = 124  # as timeout(1)
 GRACE = 5.0  # seconds in which all ranks write their stacks before the first one ends

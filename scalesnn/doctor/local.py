@@ -1,0 +1,288 @@
+"""What one rank sees of its own machine: versions, GPUs, compilers, kernels, data, output folder, limits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from scalesnn.doctor.findings import Report
+from scalesnn.parallel.topology import Topology
+
+__all__ = ["Settings", "look_at_this_machine"]
+
+PACKAGES = {
+    "torch": ("torch",),
+    "torchvision": ("torchvision",),
+    "deepspeed": ("deepspeed",),
+    "DALI": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x"),
+    "numpy": ("numpy",),
+}
+SAMPLED_CLASSES = 16  # of a data set's classes, whose files are listed and of which one file each is read
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user wants checked.
+
+    Attributes:
+        data_path: folder with train and val, None to leave data out.
+        output_dir: where runs are written, None to leave it out.
+        min_free: GiB that must be free there.
+        max_skew: seconds that clocks may differ.
+        hostfile: DeepSpeed's host file, None to leave it out.
+        megabytes: sent between two nodes to measure the bandwidth; 0 leaves the network's speed out.
+        timeout: seconds to wait for the other ranks.
+    """
+
+    data_path: str | None = None
+    output_dir: str | None = None
+    min_free: float = 10.0
+    max_skew: float = 1.0
+    hostfile: str | None = None
+    megabytes: float = 64.0
+    timeout: float = 120.0
+
+
+def look_at_this_machine(topology: Topology, settings: Settings) -> Report:
+    """Make every check that needs no other rank."""
+    report = Report(topology.rank, socket.gethostname(), topology.node_rank, topology.local_rank)
+    checks: dict[str, Callable[[Report, Topology, Settings], None]] = {
+        "versions": check_versions,
+        "GPUs": check_gpus,
+        "compiler": check_compiler,
+        "kernels": check_kernels,
+        "shared memory": check_shared_memory,
+        "open files": check_open_files,
+    }
+    if settings.data_path is not None:
+        checks["data"] = check_data
+    if settings.output_dir is not None:
+        checks["output"] = check_output
+    if settings.hostfile is not None and topology.is_main:
+        checks["host file"] = check_hostfile
+    for name, check in checks.items():
+        try:
+            check(report, topology, settings)
+        except Exception as error:  # a check that breaks is a finding: the others still help
+            report.add(
+                name, "fail", f"the check itself failed: {type(error).__name__}: {error}", "see the error"
+            )
+        report.done.append(name)
+    return report
+
+
+def check_versions(report: Report, topology: Topology, settings: Settings) -> None:
+    """Versions of what must be alike on all ranks."""
+    versions = {"python": platform.python_version(), "scalesnn": source_fingerprint()}
+    for name, packages in PACKAGES.items():
+        for package in packages:
+            try:
+                versions[name] = importlib.metadata.version(package)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        else:
+            versions[name] = "none"
+    import torch
+
+    versions["CUDA"] = str(torch.version.cuda)
+    if torch.cuda.is_available():
+        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        driver = Path("/proc/driver/nvidia/version")
+        if driver.exists():
+            versions["driver"] = driver.read_text().split("Module", 1)[-1].split()[0]
+    report.facts["versions"] = versions
+
+
+def source_fingerprint() -> str:
+    """Short hash of scalesnn's own source, so that a stale copy on one node shows."""
+    import scalesnn
+
+    folder = Path(scalesnn.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")) + sorted(folder.rglob("*.cu")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def check_gpus(report: Report, topology: Topology, settings: Settings) -> None:
+    """As many GPUs as processes, with free memory."""
+    import torch
+
+    count = torch.cuda.device_count()
+    report.facts["GPUs"] = []
+    if count == 0:
+        if Path("/dev/nvidia0").exists():
+            report.add("GPUs", "fail", "the machine has an NVIDIA GPU, but torch sees none",
+                       "look at CUDA_VISIBLE_DEVICES and at nvidia-smi; the driver must fit torch's "
+                       "CUDA")  # fmt: skip
+        return
+    if topology.local_world_size > count and not (count == 1 and topology.source == "slurm"):
+        report.add("GPUs", "fail", f"{topology.local_world_size} processes, {count} GPU(s) visible",
+                   "start as many processes per node as GPUs; look at CUDA_VISIBLE_DEVICES")  # fmt: skip
+        return
+    if topology.local_world_size < count and topology.world_size > 1:
+        report.add("GPUs", "warn", f"{count} GPUs visible, {topology.local_world_size} process(es) use them",
+                   f"start {count} processes per node, or the others stay idle")  # fmt: skip
+    index = topology.device_index(count)
+    free, total = torch.cuda.mem_get_info(index)
+    report.facts["GPUs"] = [torch.cuda.get_device_name(index), round(total / GIB), count]
+    if free < 0.9 * total:
+        report.add("GPUs", "warn", f"GPU {index}: {free / GIB:.0f} of {total / GIB:.0f} GiB are free",
+                   "another process uses it: see nvidia-smi")  # fmt: skip
+
+
+def check_compiler(report: Report, topology: Topology, settings: Settings) -> None:
+    """DeepSpeed and the CPU kernels are built on first use."""
+    missing = [name for name in ("c++", "ninja") if not shutil.which(name)]
+    if missing:
+        report.add("compiler", "fail", f"{' and '.join(missing)} not on PATH",
+                   "install g++; put the environment's bin folder on PATH (ninja lies there)")  # fmt: skip
+
+
+def check_kernels(report: Report, topology: Topology, settings: Settings) -> None:
+    """Run a neuron layer forward and backward, fused where this machine can."""
+    import torch
+
+    from scalesnn import functional, neuron
+    from scalesnn.kernels import cpu, cuda
+
+    device = torch.device("cpu")
+    problem = None if cpu.available() else "the CPU kernels do not build"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", topology.device_index(torch.cuda.device_count()))
+        problem = cuda.why_not()
+    if problem:
+        report.add("kernels", "warn", f"{problem}: plain torch will be used, several times slower",
+                   "install the tested versions (make), and a C++ compiler")  # fmt: skip
+    x = torch.randn(4, 2, 3, 5, 5, device=device, requires_grad=True)
+    node = neuron.LIFNode(step_mode="m")
+    node(x).sum().backward()
+    functional.reset_net(node)
+    if x.grad is None or not bool(torch.isfinite(x.grad).all()):
+        report.add("kernels", "fail", "the gradient of a spiking layer is not finite", "report this as a bug")
+
+
+def check_data(report: Report, topology: Topology, settings: Settings) -> None:
+    """The folder of images: there, readable, and a fingerprint of it for the other nodes."""
+    root = Path(str(settings.data_path)).expanduser()
+    digest, count = hashlib.sha256(), {}
+    for split in ("train", "val"):
+        folder = root / split
+        try:
+            classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        except OSError as error:
+            report.add("data", "fail", f"{folder}: {error.strerror}",
+                       "mount the file system on this node, or give the --data-path that is right "
+                       "there")  # fmt: skip
+            continue
+        if not classes:
+            report.add(
+                "data", "fail", f"{folder} holds no class folders", "--data-path needs train/CLASS/IMAGE"
+            )
+            continue
+        digest.update(repr((split, classes)).encode())
+        count[split] = len(classes)
+        for name in classes[:: max(1, len(classes) // SAMPLED_CLASSES)]:
+            try:
+                files = sorted(entry.name for entry in os.scandir(folder / name))
+                digest.update(repr((name, files)).encode())
+                if files:
+                    digest.update((folder / name / files[0]).read_bytes())
+            except OSError as error:
+                report.add("data", "fail", f"{folder / name}: {error.strerror or error}",
+                           "repair or copy it again; `scalesnn data check` looks at every file")  # fmt: skip
+                break
+    report.facts["data"] = digest.hexdigest()[:12] + f" ({count.get('train', 0)} classes)"
+
+
+def check_output(report: Report, topology: Topology, settings: Settings) -> None:
+    """The folder of runs can be written, really takes a megabyte, and has space."""
+    folder = Path(str(settings.output_dir)).expanduser()
+    probe = folder / f".doctor-{topology.rank}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(os.urandom(2**20))
+    except OSError as error:
+        cure = (
+            "delete old runs, or give another --output-dir"
+            if error.errno == 28
+            else "give another --output-dir"
+        )
+        report.add("output", "fail", f"{folder}: {error.strerror}", cure)
+        return
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    free = shutil.disk_usage(folder).free / GIB
+    if free < settings.min_free:
+        report.add("output", "fail", f"{folder}: {free:.2g} GiB free, --min-free {settings.min_free:g}",
+                   "delete old runs, or give another --output-dir")  # fmt: skip
+
+
+def check_shared_memory(report: Report, topology: Topology, settings: Settings) -> None:
+    """Loader processes hand batches over in /dev/shm."""
+    if not Path("/dev/shm").exists():
+        return
+    size = shutil.disk_usage("/dev/shm").total / GIB
+    if size < 0.25 * topology.local_world_size:
+        ranks = f"{topology.local_world_size} rank(s)"
+        report.add("shared memory", "warn", f"/dev/shm has {size:.2g} GiB for {ranks}",
+                   "docker run --shm-size=16g; in Kubernetes an emptyDir in Memory at /dev/shm")  # fmt: skip
+
+
+def check_open_files(report: Report, topology: Topology, settings: Settings) -> None:
+    """Loaders, sockets and shards need file descriptors."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1024:
+        report.add("open files", "fail", f"at most {soft} open files (hard limit {hard})",
+                   "ulimit -n 65536 in the job script, or LimitNOFILE for slurmd")  # fmt: skip
+
+
+def check_hostfile(report: Report, topology: Topology, settings: Settings) -> None:
+    """Every host of the file resolves and lets us in."""
+    from scalesnn.launch_command import read_hostfile
+
+    hosts = read_hostfile(str(settings.hostfile))
+    for host in hosts:
+        try:
+            socket.getaddrinfo(host, 22)
+        except OSError as error:
+            report.add("host file", "fail", f"{host}: {error.strerror}",
+                       f"correct {host} in {settings.hostfile}, or add it to DNS or /etc/hosts")  # fmt: skip
+            continue
+        try:
+            socket.create_connection((host, 22), timeout=5).close()
+        except OSError as error:
+            report.add("host file", "warn", f"{host}: port 22: {error.strerror or error}",
+                       "start sshd there (a port of your own belongs into ~/.ssh/config)")  # fmt: skip
+
+
+def time_of_work(seconds: float = 0.3) -> float:
+    """Seconds that this rank's device takes for a fixed piece of computing: a median over ``seconds``."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    size = 4096 if cuda else 512
+    a = torch.randn(size, size, device="cuda" if cuda else "cpu")
+    times: list[float] = []
+    (a @ a).sum().item()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times) < 5:
+        begin = time.perf_counter()
+        (a @ a).sum().item()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2]
