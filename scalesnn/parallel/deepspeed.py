@@ -138,19 +138,14 @@ class DeepSpeedStrategy(Strategy):
                 scalar.data = scalar.data.view(1)
         return scalars
 
-    def backward(self, loss: Tensor) -> bool:
+    def _backward(self, loss: Tensor) -> None:
         self.engine.set_gradient_accumulation_boundary(self.closes_step)
         self.engine.backward(loss)
-        self._micro_batches += 1
-        return True
+        if not self.closes_step:
+            self.engine.step()  # counts the micro-batch
 
-    def step(self) -> StepResult:
-        if not self._micro_batches:
-            return StepResult(None, False)
+    def _step(self) -> StepResult:
         self.engine.step()
-        if self._micro_batches < self.accumulation:
-            return StepResult(None, False)
-        self._micro_batches = 0
         return StepResult(self.engine.get_global_grad_norm(), True)
 
     @property
@@ -158,6 +153,7 @@ class DeepSpeedStrategy(Strategy):
         return self.module  # stage 3 gathers weights in hooks of the modules themselves
 
     def close(self) -> None:
+        self.barrier()
         self.engine.destroy()
         super().close()
 

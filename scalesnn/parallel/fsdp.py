@@ -176,7 +176,7 @@ class FSDPStrategy(Strategy):
     def _backward(self, loss: Tensor) -> None:
         whole: Any = self.module
         whole.set_requires_gradient_sync(self.closes_step)
-        loss.backward()
+        super()._backward(loss)
 
     def _step(self) -> StepResult:
         for scalar in self._scalars:

@@ -18,6 +18,8 @@ A new strategy is one file with a subclass and one row in ``arguments.STRATEGIES
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -30,6 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scalesnn.base import UserError
+from scalesnn.parallel.failure import FailureWatch
+from scalesnn.parallel.finite import PATIENCE, BatchMemory, NonFiniteLossError
 from scalesnn.parallel.state import (
     Shard,
     StateLayoutError,
@@ -94,9 +98,14 @@ class Strategy(ABC):
         self.is_main = self.rank == 0
         self.accumulation: int = getattr(args, "gradient_accumulation", None) or 1
         self.clip_grad_norm: float = getattr(args, "clip_grad_norm", None) or 0.0
+        self.on_nan: str = getattr(args, "on_nan", "stop")
+        self.steps = 0  # updates of the weights since the run began; a checkpoint restores it
+        self.skipped = 0  # batches left out, one after the other
+        self.notice: Callable[[str], None] = say
         self.store: dist.Store | None = None
+        self.watch: FailureWatch | None = None
+        self._memory: BatchMemory | None = None
         self._micro_batches = 0  # accumulated since the last step
-        self._dropped = False  # whether the newest micro-batch was left out
         self._names: dict[nn.Parameter, str] = {}
 
     # ---- devices and processes ----
@@ -142,6 +151,9 @@ class Strategy(ABC):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=minutes)
         )
+        if world_size > 1:
+            self.watch = FailureWatch(store, rank, world_size)
+            self.watch.start()
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over all ranks, on all ranks; ``tensor`` itself is left alone."""
@@ -177,6 +189,9 @@ class Strategy(ABC):
 
     def close(self) -> None:
         """Leave the process group; call it once, at the end of a run that went well."""
+        self.barrier()
+        if self.watch is not None:
+            self.watch.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -197,6 +212,7 @@ class Strategy(ABC):
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._names = parameter_names(self.module)
         self._prepare(make_optimizer, make_scheduler)
+        self._memory = BatchMemory(self.module)
 
     @abstractmethod
     def _prepare(self, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
@@ -224,20 +240,49 @@ class Strategy(ABC):
         """Backpropagate the mean loss of a micro-batch.
 
         Returns:
-            True, or False where the batch was left out on all ranks, since its loss was not finite.
+            True, or False where the batch was left out on all ranks, since a loss was not finite (--on-nan
+            skip).
+
+        Raises:
+            NonFiniteLossError: a loss was not finite (--on-nan stop), or too many in a row were.
         """
-        self._backward(loss / self.accumulation if self.accumulation > 1 else loss)
+        if self.any_rank(~torch.isfinite(loss.detach()).all()):
+            self._not_finite(loss)
+            return False
+        self.skipped = 0
+        self._backward(loss)
         self._micro_batches += 1
         return True
 
     def _backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss / self.accumulation if self.accumulation > 1 else loss).backward()
+
+    def _not_finite(self, loss: Tensor) -> None:
+        """Report a loss that is not finite; returns where the run goes on without the batch."""
+        where = self._memory.trace(self.autocast) if self._memory is not None else None
+        reports = self.gather_objects((float(loss.detach()), where))
+        bad = [
+            (rank, value, place) for rank, (value, place) in enumerate(reports) if not math.isfinite(value)
+        ]
+        rank, value, place = next((b for b in bad if b[2]), bad[0])
+        text = f"step {self.steps + 1}: the loss is {value} on rank {rank}"
+        if len(bad) > 1:
+            text += f" and {len(bad) - 1} more"
+        if place:
+            text += f"; NaN or infinity first appears in {place}"
+        self.skipped += 1
+        if self.on_nan == "stop" or self.skipped >= PATIENCE:
+            more = f"; {self.skipped} batches in a row were left out" if self.skipped > 1 else ""
+            raise NonFiniteLossError(text + more)
+        if self.is_main:
+            self.notice(f"{text}; this batch is left out on all ranks")
 
     def step(self) -> StepResult:
         """Update the weights, once ``--gradient-accumulation`` micro-batches have been backpropagated."""
         if self._micro_batches < self.accumulation:
             return StepResult(None, False)
         self._micro_batches = 0
+        self.steps += 1
         return self._step()
 
     def _step(self) -> StepResult:
@@ -440,6 +485,11 @@ def some(names: list[str], limit: int = 3) -> str:
     """The first few of many."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(f"scalesnn: {text}", file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

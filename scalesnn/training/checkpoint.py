@@ -285,6 +285,7 @@ class CheckpointManager:
             raise UserError(f"{folder}: {error}") from None
         known = {field.name for field in fields(Progress)}
         progress = Progress(**{k: v for k, v in index.plain["progress"].items() if k in known})
+        self.strategy.steps = progress.step
         return progress, index.plain["extra"]
 
     def find(self, which: Path | str = "latest") -> tuple[Path, Index]:
