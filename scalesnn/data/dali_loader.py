@@ -155,6 +155,7 @@ class DaliLoader(Loader):
                 try:
                     images = self._take(running[0])
                 except RuntimeError as error:
+                    self._pipeline = None
                     images = self._recover(epoch, running, error)
                 raw = running.popleft().raw
                 self.bad.replaced += raw.replaced
@@ -165,15 +166,16 @@ class DaliLoader(Loader):
             self._drop(running)
 
     def _drop(self, running: deque[_Prepared]) -> None:
-        """Take what is still in the pipeline out of it."""
+        """Take what is still in the pipeline out of it, or give the pipeline up."""
         try:
             for prepared in running:
-                if len(prepared.raw.data):
+                if self._pipeline is not None and len(prepared.raw.data):
                     self._pipeline.share_outputs()
                     self._pipeline.release_outputs()
         except (
-            RuntimeError
-        ):  # a bad image among what is dropped: it is found again when it is asked for again
+            RuntimeError,
+            StopIteration,
+        ):  # a bad image, found again when it is asked for again; or an early end
             self._pipeline = None
         running.clear()
 
@@ -182,13 +184,13 @@ class DaliLoader(Loader):
         again."""
         for _ in range(2 * self.depth * self.settings.batch_size):
             self._find_bad([batch.raw for batch in running], error)
-            self._pipeline = None
             for place, batch in enumerate(running):
                 running[place] = self._prepare(epoch, batch.number)
                 self._run(running[place])
             try:
                 return self._take(running[0])
             except RuntimeError as again:
+                self._pipeline = None
                 error = again
         raise error
 

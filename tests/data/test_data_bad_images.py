@@ -194,14 +194,15 @@ def test_a_file_that_breaks_during_the_run_is_replaced(
 
 
 @both
+@pytest.mark.parametrize("name", ["text.jpg", "half.jpg", "flipped_bits.png", "half.bmp"])
 def test_bad_images_stop_the_run_where_that_is_asked_for(
-    loader: tuple[str, ...], tmp_path: Path, make_folder: Any, open_loaders: Any
+    name: str, loader: tuple[str, ...], tmp_path: Path, make_folder: Any, picture: Any, open_loaders: Any
 ) -> None:
-    root = make_folder(tmp_path, 12, 3)
-    (root / "train" / "class_0" / "0003.jpg").write_bytes(b"broken")
-    data = open_loaders(root, *loader, "--bad-images", "stop")
-    with pytest.raises(UserError, match=r"0003\.jpg: not an image"):
-        list(data.train.epoch(0))
+    root = make_folder(tmp_path, 30, 3)
+    (root / "train" / "class_0" / name).write_bytes(broken_files(picture(0, 60, 64))[name])
+    data = open_loaders(root, *loader, "--bad-images", "stop", batch_size=4)
+    with pytest.raises(UserError, match=f"bad image .*{name}: "):
+        [list(data.train.epoch(epoch)) for epoch in (0, 1)]
 
 
 @both
