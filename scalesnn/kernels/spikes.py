@@ -113,6 +113,8 @@ def bits_of(tensor: Tensor) -> tuple[Tensor, int] | None:
         return bits, getattr(tensor, "scalesnn_planes", 0)
     planes = largest.bit_length()
     bits = ops.pack(tensor.detach(), planes)
+    if planes == 1 and tensor[0].numel() % 32 == 0:  # then the plane is the rows of ops.unit
+        bits, planes = bits.view(tensor.shape[0], -1), 0
     tensor.scalesnn_bits = bits  # type: ignore[attr-defined]
     tensor.scalesnn_planes = planes  # type: ignore[attr-defined]
     return bits, planes

@@ -128,8 +128,9 @@ def fused_unit(
     if residual is not None and recording:
         known = spikes.marked(residual)
         if launch.like(known, launch.dense(x)) is known:
-            if getattr(known, "scalesnn_largest", 0) == 1 and getattr(known, "scalesnn_planes", 0) == 0:
-                residual_bits = getattr(known, "scalesnn_bits", None)
+            packed = spikes.bits_of(known) if getattr(known, "scalesnn_largest", 0) == 1 else None
+            if packed is not None and packed[1] == 0:
+                residual_bits = packed[0]
             elif getattr(known, "scalesnn_affine", None) is not None:
                 residual_x, residual_affine = known.scalesnn_normalised, known.scalesnn_affine  # type: ignore[attr-defined]
     if neuron is None:

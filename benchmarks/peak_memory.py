@@ -1,0 +1,93 @@
+"""Peak resident memory of one fp32 training step on the CPU above the loaded model: spiking_resnet18 of
+scalesnn and of
+SpikingJelly, each in a process of its own.
+
+    python benchmarks/peak_memory.py --T 16 --batch-size 2 --size 128
+
+Writes benchmarks/results/peak_memory.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from common import machine, make_ours, make_spikingjelly, save, static_images, training_step
+
+PAGE = 4096
+
+
+def resident() -> int:
+    """Resident bytes of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def measure(contender: str, args: argparse.Namespace) -> None:
+    """Print the peak above the model, in bytes, of this process' second training step."""
+    import torch
+
+    if contender == "scalesnn":
+        from scalesnn import functional
+
+        model = make_ours().to(memory_format=torch.channels_last)
+        reset = functional.reset_net
+    else:
+        from spikingjelly.activation_based import functional as peer
+
+        model, reset = make_spikingjelly(), peer.reset_net
+    last = contender == "scalesnn"
+    warm_x, warm_y = static_images(2, 1, 32, channels_last=last)
+    training_step(model, warm_x, warm_y, reset)  # code, thread pools, gradients of the parameters
+    x, y = static_images(args.T, args.batch_size, args.size, channels_last=last)
+    loaded = resident()
+    peak, running = loaded, True
+
+    def watch() -> None:
+        nonlocal peak
+        while running:
+            peak = max(peak, resident())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    training_step(model, x, y, reset)
+    running = False
+    thread.join()
+    print(peak - loaded)
+
+
+def main() -> None:
+    """Measure both, several times, and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--T", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", choices=("scalesnn", "spikingjelly"), help="measure one in this process")
+    args = parser.parse_args()
+    if args.only:
+        measure(args.only, args)
+        return
+    peaks: dict[str, list[int]] = {"scalesnn": [], "spikingjelly": []}
+    for _ in range(args.rounds):
+        for contender, values in peaks.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--only", contender]
+            result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            values.append(int(result.stdout.split()[-1]))
+    best = {name: min(values) for name, values in peaks.items()}
+    for name, value in best.items():
+        print(f"{name:14} {value / 2**20:7.0f} MiB above the model")
+    ratio = best["scalesnn"] / best["spikingjelly"]
+    print(f"scalesnn / SpikingJelly: {ratio:.2f}")
+    record = {"machine": machine(), "arguments": vars(args), "peak_bytes": peaks, "ratio": ratio}
+    save("peak_memory", record)
+
+
+if __name__ == "__main__":
+    main()
