@@ -148,6 +148,7 @@ class TorchvisionLoader(Loader):
             persistent_workers=settings.workers > 0,
             collate_fn=_collate,
             pin_memory=settings.pin_memory and settings.device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from the generator that the model's dropout uses
         )
 
     def _batches(self, epoch: int, start: int) -> Generator[tuple[Tensor, Tensor, BatchKeys], None, None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,33 @@ def test_threads_and_batches_ahead_change_nothing(folder: Path, open_loaders: An
     three = open_loaders(folder, *FULL, "-j", "3")
     next(three.train.epoch(0))  # an epoch that is given up
     assert whole_epoch(three, 1) == whole_epoch(one, 1)
+
+
+@pytest.mark.parametrize("loader", [("--loader", "dali"), ("--loader", "torchvision", "-j", "1")])
+def test_loading_leaves_the_random_state_of_the_model_alone(
+    loader: tuple[str, ...], folder: Path, open_loaders: Any
+) -> None:
+    data = open_loaders(folder, *loader, *FULL)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    list(data.train.epoch(0))
+    list(data.val.epoch(0))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_compute_dtype_only_rounds(
+    dtype: torch.dtype, loader: tuple[str, ...], folder: Path, open_loaders: Any
+) -> None:
+    exact, rounded = open_loaders(folder, *loader, *FULL), open_loaders(folder, *loader, *FULL, dtype=dtype)
+    for (images, targets), (other, other_targets) in zip(
+        exact.train.epoch(1), rounded.train.epoch(1), strict=True
+    ):
+        assert other.dtype == dtype
+        assert torch.allclose(images, other.float(), atol=0.02)
+        assert torch.equal(targets, other_targets)
 
 
 def test_another_seed_or_epoch_gives_other_pixels(folder: Path, open_loaders: Any) -> None:
