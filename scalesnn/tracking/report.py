@@ -34,9 +34,9 @@ def add_report_command(commands: Any) -> None:
         help="one HTML page of a run, or of several side by side, that opens offline; and PNGs",
         description="Write report.html (self-contained) and PNG files of one run, or several side by side.",
     )
-    parser.add_argument(
-        "-o", "--output", type=Path, help="folder to write to (default: RUN/report of the first)"
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (it has metrics.jsonl)")
+    add("-o", "--output", type=Path, help="folder to write to (default: report in the first run's folder)")
     parser.set_defaults(run=_run)
 
 
@@ -138,7 +138,7 @@ def _facts(run: RunData) -> list[tuple[str, Any]]:
         ("network", f"{network}, T = {run.setting('T')}" if network else None),
         ("state", f"{state}, {processes} process{'es' if processes != 1 else ''}"),
         ("steps", f"{steps:,}"),
-        ("best test top-1, averaged weights", None if ema is None else f"{ema:.2f} %"),
+        ("with averaged weights", None if ema is None else f"{ema:.2f} %"),
         ("images a second", None if rate is None else f"{rate:,.0f}"),
         ("computing time", None if hours is None else duration(hours * 3600)),
         ("device-hours", None if used is None else f"{used:.2f}"),

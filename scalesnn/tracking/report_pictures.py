@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_pictures"]
 
-_COLOURS = ("#0b69c7", "#d9480f", "#2b8a3e", "#ae3ec9", "#b08900", "#0c8599", "#c2255c", "#5f3dc4")
+_COLOURS = ("#1c7ed6", "#e8590c", "#2b8a3e", "#ae3ec9", "#b08900", "#0c8599", "#c2255c", "#5f3dc4")
 _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -2,7 +2,7 @@
 // Draws the report from the JSON in #data. No library: charts are SVG made here.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
-const COLOURS = ["#0b69c7", "#d9480f", "#2b8a3e", "#ae3ec9", "#b08900", "#0c8599", "#c2255c", "#5f3dc4"];
+const COLOURS = ["#1c7ed6", "#e8590c", "#2b8a3e", "#ae3ec9", "#b08900", "#0c8599", "#c2255c", "#5f3dc4"];
 const PHASES = { data_wait_s: "waiting for data", "time/forward_s": "forward", "time/backward_s": "backward",
   "time/communication_s": "communication", "time/optimizer_s": "optimizer" };
 const PHASE_COLOURS = ["#f08c00", "#1c7ed6", "#6741d9", "#c2255c", "#2f9e44"];
@@ -195,7 +195,8 @@ function heatMap(body, rows, columns, value, options = {}) {
   const view = options.log ? (v) => Math.log10(Math.max(v, 1e-12)) : (v) => v;
   const low = options.low !== undefined ? options.low : Math.min(...values.map(view));
   const high = options.high !== undefined ? options.high : Math.max(...values.map(view), low + 1e-9);
-  const cell = Math.max(9, Math.min(17, 620 / rows.length)), left = 92, bottom = 34, top = 2, width = 400, bar = 44;
+  const longest = Math.max(...rows.map((row) => row.length));
+  const cell = Math.max(9, Math.min(17, 620 / rows.length)), left = Math.min(150, 12 + 5.4 * longest), bottom = 34, top = 2, width = 400, bar = 44;
   const across = (width - left - bar) / columns.length;
   const height = top + rows.length * cell + bottom;
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": body.parentNode.firstChild.textContent });
