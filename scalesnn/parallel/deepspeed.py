@@ -4,6 +4,7 @@ offload."""
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sysconfig
 from collections.abc import Mapping
@@ -145,8 +146,16 @@ class DeepSpeedStrategy(Strategy):
             self.engine.step()  # counts the micro-batch
 
     def _step(self) -> StepResult:
-        self.engine.step()
-        return StepResult(self.engine.get_global_grad_norm(), True)
+        if self.stage == 0:
+            norm = self._gradient_norm()
+            if not math.isfinite(float(norm)):
+                self.engine.zero_grad()
+                return StepResult(norm, False, skipped=True)
+            self.engine.step()
+            return StepResult(norm, True)
+        self.engine.step()  # leaves a step out by itself when the gradients' norm is not finite
+        bad = bool(self.engine.optimizer.overflow)
+        return StepResult(self.engine.get_global_grad_norm(), not bad, skipped=bad)
 
     @property
     def evaluation_model(self) -> nn.Module:

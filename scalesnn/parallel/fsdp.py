@@ -183,26 +183,27 @@ class FSDPStrategy(Strategy):
             if scalar.grad is not None and self.world_size > 1:
                 dist.all_reduce(scalar.grad)
                 scalar.grad /= self.world_size
-        norm = self._clip() if self.clip_grad_norm > 0 else None
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm, True)
+        return super()._step()
 
-    def _clip(self) -> Tensor:
-        """Clip to the norm of all gradients together, split and whole ones; returns it."""
+    def _gradients(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Parameters with gradients: those that are split, and those that are whole."""
         scalars = set(self._scalars)
         split = [p for p in self.module.parameters() if p.grad is not None and p not in scalars]
-        whole = [p for p in self._scalars if p.grad is not None]
+        return split, [p for p in self._scalars if p.grad is not None]
+
+    def _gradient_norm(self) -> Tensor:
         squares = []
-        for parameters in (split, whole):
+        for parameters in self._gradients():
             if parameters:
                 part: Any = get_total_norm([p.grad for p in parameters if p.grad is not None])
-                squares.append((part.full_tensor() if hasattr(part, "full_tensor") else part).square())
-        norm = torch.stack([s.to(self.device) for s in squares]).sum().sqrt()
-        for parameters in (split, whole):
+                part = part.full_tensor() if hasattr(part, "full_tensor") else part
+                squares.append(part.to(self.device).square())
+        return torch.stack(squares).sum().sqrt()
+
+    def _clip(self, norm: Tensor) -> None:
+        for parameters in self._gradients():
             if parameters:
                 clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
-        return norm
 
     def full_model_state(self) -> dict[str, Tensor]:
         self.sync_buffers()

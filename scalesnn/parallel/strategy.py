@@ -7,7 +7,7 @@ The order of a run::
     for images, targets in batches:
         with strategy.autocast():
             loss = criterion(strategy.model(images), targets)
-        strategy.backward(loss)                     drops the batch when --on-nan says so
+        strategy.backward(loss)
         result = strategy.step()                    does nothing until enough batches are accumulated
     strategy.sync_buffers(); evaluate strategy.evaluation_model
     strategy.close()
@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scalesnn.base import UserError
 from scalesnn.parallel.failure import FailureWatch
@@ -64,6 +65,7 @@ class StepResult:
 
     grad_norm: Tensor | float | None
     stepped: bool
+    skipped: bool = False
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Strategy(ABC):
         self.clip_grad_norm: float = getattr(args, "clip_grad_norm", None) or 0.0
         self.on_nan: str = getattr(args, "on_nan", "stop")
         self.steps = 0  # updates of the weights since the run began; a checkpoint restores it
-        self.skipped = 0  # batches left out, one after the other
+        self.skipped = 0  # steps left out, one after the other
         self.notice: Callable[[str], None] = say
         self.store: dist.Store | None = None
         self.watch: FailureWatch | None = None
@@ -236,62 +238,76 @@ class Strategy(ABC):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
-    def backward(self, loss: Tensor) -> bool:
+    def backward(self, loss: Tensor) -> None:
         """Backpropagate the mean loss of a micro-batch.
 
-        Returns:
-            True, or False where the batch was left out on all ranks, since a loss was not finite (--on-nan
-            skip).
-
-        Raises:
-            NonFiniteLossError: a loss was not finite (--on-nan stop), or too many in a row were.
+        A loss that is not finite makes every gradient NaN, on all ranks once they are averaged, where
+        ``step`` finds it. (The reverse does not hold in a spiking network: NaN drives no neuron over its
+        threshold, so the loss can be finite while the gradients are not.)
         """
-        if self.any_rank(~torch.isfinite(loss.detach()).all()):
-            self._not_finite(loss)
-            return False
-        self.skipped = 0
+        loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan).to(loss.dtype)
         self._backward(loss)
         self._micro_batches += 1
-        return True
 
     def _backward(self, loss: Tensor) -> None:
         (loss / self.accumulation if self.accumulation > 1 else loss).backward()
 
-    def _not_finite(self, loss: Tensor) -> None:
-        """Report a loss that is not finite; returns where the run goes on without the batch."""
-        where = self._memory.trace(self.autocast) if self._memory is not None else None
-        reports = self.gather_objects((float(loss.detach()), where))
-        bad = [
-            (rank, value, place) for rank, (value, place) in enumerate(reports) if not math.isfinite(value)
-        ]
-        rank, value, place = next((b for b in bad if b[2]), bad[0])
-        text = f"step {self.steps + 1}: the loss is {value} on rank {rank}"
-        if len(bad) > 1:
-            text += f" and {len(bad) - 1} more"
-        if place:
-            text += f"; NaN or infinity first appears in {place}"
-        self.skipped += 1
-        if self.on_nan == "stop" or self.skipped >= PATIENCE:
-            more = f"; {self.skipped} batches in a row were left out" if self.skipped > 1 else ""
-            raise NonFiniteLossError(text + more)
-        if self.is_main:
-            self.notice(f"{text}; this batch is left out on all ranks")
-
     def step(self) -> StepResult:
-        """Update the weights, once ``--gradient-accumulation`` micro-batches have been backpropagated."""
+        """Update the weights, once ``--gradient-accumulation`` micro-batches have been backpropagated.
+
+        Where gradients are not finite the step is left out on all ranks (--on-nan skip), or the run ends.
+
+        Raises:
+            NonFiniteLossError: the gradients are not finite (--on-nan stop), or were not too often in a
+                row. The
+                weights are those from before the step.
+        """
         if self._micro_batches < self.accumulation:
             return StepResult(None, False)
         self._micro_batches = 0
-        self.steps += 1
-        return self._step()
+        result = self._step()
+        if result.skipped:
+            self._not_finite()
+        else:
+            self.steps += 1
+            self.skipped = 0
+        return result
 
     def _step(self) -> StepResult:
-        norm = None
+        norm = self._gradient_norm()
+        if not math.isfinite(float(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            return StepResult(norm, False, skipped=True)
         if self.clip_grad_norm > 0:
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad_norm)
+            self._clip(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, True)
+
+    def _gradient_norm(self) -> Tensor:
+        """Norm of all gradients together, the same on all ranks."""
+        return get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+
+    def _clip(self, norm: Tensor) -> None:
+        clip_grads_with_norm_(self.module.parameters(), self.clip_grad_norm, norm)
+
+    def _not_finite(self) -> None:
+        """Report gradients that are not finite; returns where the run goes on without the step."""
+        assert self._memory is not None
+        places = self.gather_objects(self._memory.trace(self.autocast))
+        found = [(rank, place) for rank, place in enumerate(places) if place]
+        text = f"step {self.steps + 1}: the gradients are not finite"
+        if found:
+            text += f"; NaN or infinity first appears in {found[0][1]}, on rank {found[0][0]}"
+            text += f" and {len(found) - 1} more" if len(found) > 1 else ""
+        else:
+            text += ", though every layer's output is"
+        self.skipped += 1
+        if self.on_nan == "stop" or self.skipped >= PATIENCE:
+            more = f"; {self.skipped} steps in a row were left out" if self.skipped > 1 else ""
+            raise NonFiniteLossError(text + more)
+        if self.is_main:
+            self.notice(f"{text}; this step is left out on all ranks")
 
     def end_epoch(self) -> None:
         """Step the schedule; a schedule from a DeepSpeed JSON goes by updates instead and stays as it is."""

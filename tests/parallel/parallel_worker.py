@@ -1,0 +1,226 @@
+"""One rank of a distributed test: runs a list of training cells one after the other in the same processes.
+
+``python parallel_worker.py CELLS.json RESULTS.json`` with RANK, WORLD_SIZE, … in the environment. Starting
+processes is the expensive part, so a test session starts few and gives each many cells.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalesnn import functional, layer, neuron, surrogate
+from scalesnn.base import UserError
+from scalesnn.parallel import NonFiniteLossError, Topology, create_strategy
+from scalesnn.training.checkpoint import CheckpointManager, Progress
+from scalesnn.training.ema import ModelEma
+
+CLASSES, IMAGES, STEPS = 5, 12, 20
+DEFAULTS: dict[str, Any] = {
+    "strategy": "auto",
+    "deepspeed_config": None,
+    "deepspeed": False,
+    "fsdp_config": None,
+    "local_rank": None,
+    "world_size": None,
+    "dist_url": "env://",
+    "dist_timeout": 2.0,
+    "sync_bn": True,
+    "clip_grad_norm": None,
+    "gradient_accumulation": 1,
+    "on_nan": "stop",
+    "ddp_static_graph": False,
+    "ddp_bf16_gradients": False,
+    "ddp_broadcast_buffers": False,
+    "disable_amp": True,
+    "batch_size": 4,
+    "lr": 0.05,
+    "momentum": 0.9,
+    "weight_decay": 1e-3,
+    "opt": "sgd",
+    "verbose": False,
+    "explicit": [],
+}
+
+
+class Arguments:
+    """Flags as attributes."""
+
+    def __init__(self, flags: dict[str, Any]) -> None:
+        unknown = set(flags) - set(DEFAULTS)
+        assert not unknown, unknown
+        self.__dict__.update({**DEFAULTS, **flags})
+        self.explicit = set(self.explicit)
+
+
+def norm(kind: str, channels: int) -> nn.Module:
+    """A normalisation layer: ``batch``, or ``group``, which does not mix the images of a batch."""
+    return layer.BatchNorm2d(channels) if kind == "batch" else layer.GroupNorm(1, channels)
+
+
+class Block(nn.Module):
+    """A residual block of a spiking network."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.conv1 = layer.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = norm(kind, channels)
+        self.sn1 = neuron.ParametricLIFNode(surrogate_function=surrogate.ATan())
+        self.conv2 = layer.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = norm(kind, channels)
+        self.sn2 = neuron.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x), neuron=self.sn1)
+        return self.bn2(self.conv2(y), neuron=self.sn2, residual=x)
+
+
+class Net(nn.Module):
+    """A small spiking ResNet with odd sizes, so that no split over ranks is even."""
+
+    def __init__(self, kind: str = "batch", channels: int = 7) -> None:
+        super().__init__()
+        self.conv = layer.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.bn = norm(kind, channels)
+        self.sn = neuron.IFNode(surrogate_function=surrogate.ATan())
+        self.layer1 = nn.Sequential(Block(channels, kind), Block(channels, kind))
+        self.fc = layer.Linear(channels, CLASSES)
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(0).repeat(3, 1, 1, 1, 1)
+        x = self.layer1(self.bn(self.conv(x), neuron=self.sn))
+        return self.fc(x.mean((-1, -2))).mean(0)
+
+
+def batches(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """STEPS global batches of IMAGES images."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(STEPS, IMAGES, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return images.to(dtype), torch.randint(0, CLASSES, (STEPS, IMAGES), generator=generator)
+
+
+def make_optimizer(args: Any, net: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW with BatchNorm's parameters in a group of their own."""
+    norms = [p for n, p in net.named_parameters() if "bn" in n]
+    others = [p for n, p in net.named_parameters() if "bn" not in n]
+    groups = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
+    if args.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+
+def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
+    """Train ``steps`` steps as the cell says; returns the loss trace and more."""
+    dtype = getattr(torch, cell.get("dtype", "float32"))
+    args = Arguments(cell.get("flags", {}))
+    strategy = create_strategy(args, topology)
+    strategy.setup_device("cpu")
+    torch.manual_seed(cell.get("seed", 1))
+    net = Net(cell.get("norm", "batch")).to(dtype)
+    strategy.prepare(
+        net,
+        lambda m: make_optimizer(args, m),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=5),
+    )
+    ema = ModelEma(strategy, 0.8, steps=2) if cell.get("ema", True) else None
+    folder = Path(cell["folder"]) if "folder" in cell else Path("unused")
+    manager = CheckpointManager(
+        folder, strategy, keep=cell.get("keep", 2), ema=ema, background=cell.get("background", False)
+    )
+    progress = Progress()
+    extra: dict[str, Any] = {}
+    if "resume" in cell:
+        progress, extra = manager.load(cell["resume"])
+    images, targets = batches(dtype)
+    losses, norms = [], []
+    accumulation = strategy.accumulation
+    share = IMAGES // accumulation // strategy.world_size
+    done = progress.step  # global batches
+    while done < cell.get("steps", STEPS):
+        total = 0.0
+        for part in range(accumulation):
+            begin = (part * strategy.world_size + strategy.rank) * share
+            x, y = (t[done, begin : begin + share] for t in (images, targets))
+            if done == cell.get("poison") and strategy.rank == 0:
+                x = x.clone()
+                x[0, 0, 0, 0] = float("nan")
+            with strategy.autocast():
+                loss = nn.functional.cross_entropy(strategy.model(x), y)
+            strategy.backward(loss)
+            functional.reset_net(strategy.module)
+            assert not any(isinstance(m, neuron.BaseNode) and isinstance(m.v, Tensor) for m in net.modules())
+            result = strategy.step()
+            total += float(strategy.reduce_sum(loss)) / strategy.world_size / accumulation
+        done += 1
+        if result.skipped:
+            losses.append(None)
+            continue
+        assert result.stepped
+        norms.append(None if result.grad_norm is None else float(result.grad_norm))
+        progress.step += 1
+        losses.append(total)
+        if ema is not None:
+            ema.update(progress.step)
+        if progress.step % 5 == 0:
+            strategy.end_epoch()
+        if progress.step in cell.get("save", []):
+            manager.save(progress, extra={"losses": losses}, is_best=True)
+    manager.wait()
+    found: dict[str, Any] = {"losses": losses, "norms": norms, "extra": extra, "steps": progress.step}
+    found["lr"] = strategy.optimizer.param_groups[0]["lr"]
+    state = strategy.full_model_state()
+    found["weights"] = digest(state)
+    if ema is not None:
+        with ema.applied():
+            state = strategy.full_model_state()
+            found["ema"] = digest(state)
+            net.eval()
+            with torch.no_grad():
+                found["ema_output"] = strategy.evaluation_model(images[0]).sum().item()
+            functional.reset_net(net)
+            net.train()
+    found["optimizer_numel"] = sum(s.values.numel() for s in strategy.optimizer_shards().values())
+    if hasattr(strategy, "engine"):
+        strategy.engine.destroy()
+    return found
+
+
+def digest(state: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Few numbers for each tensor: sum, sum of squares, first value."""
+    return {
+        name: [
+            value.double().sum().item(),
+            value.double().square().sum().item(),
+            value.double().flatten()[0].item(),
+        ]
+        for name, value in state.items()
+    }
+
+
+def main(cells_path: str, results_path: str) -> None:
+    """Run all cells; rank 0 writes what came of each."""
+    topology = Topology.from_environment()
+    results = {}
+    for name, cell in json.loads(Path(cells_path).read_text()).items():
+        try:
+            results[name] = train(cell, topology)
+        except (UserError, NonFiniteLossError) as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        except Exception:
+            traceback.print_exc()
+            raise
+    if topology.rank == 0:
+        Path(results_path).write_text(json.dumps(results))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,131 @@
+"""Every strategy trains the same network: traces, averaged weights, accumulation, clipping, resuming."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+ZERO = ("zero0", "zero1", "zero2", "zero3")
+SPLIT = ("ddp", "zero2", "zero3", "fsdp")
+
+
+def assert_same_trace(found: list[float], expected: list[float], relative: float) -> None:
+    assert len(found) == len(expected) > 0
+    assert found == pytest.approx(expected, rel=relative)
+
+
+def assert_same_weights(
+    found: dict[str, list[float]], expected: dict[str, list[float]], relative: float
+) -> None:
+    assert list(found) == list(expected)
+    for name, numbers in expected.items():
+        assert found[name] == pytest.approx(numbers, rel=relative, abs=relative), name
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
+def test_trace_is_that_of_one_process_with_the_whole_batch(runs: dict[str, Any], name: str) -> None:
+    # In float64, where the order of sums cannot tip a neuron over its threshold.
+    found, single = runs[f"{name} float64"], runs["single float64"]
+    assert len(found["losses"]) == 20
+    assert_same_trace(found["losses"], single["losses"], 1e-12)
+    assert_same_weights(found["weights"], single["weights"], 1e-10)
+    assert_same_weights(found["ema"], single["ema"], 1e-10)
+
+
+@pytest.mark.parametrize("name", [*ZERO, "fsdp"])
+def test_trace_is_that_of_ddp(runs: dict[str, Any], name: str) -> None:
+    found, ddp = runs[name], runs["ddp"]
+    assert len(found["losses"]) == 20
+    assert_same_trace(found["losses"], ddp["losses"], 1e-6)
+    assert_same_weights(found["weights"], ddp["weights"], 1e-6)
+
+
+@pytest.mark.parametrize("name", [*ZERO, "fsdp"])
+def test_averaged_weights_and_their_output_are_those_of_ddp(runs: dict[str, Any], name: str) -> None:
+    found, ddp = runs[name], runs["ddp"]
+    assert_same_weights(found["ema"], ddp["ema"], 1e-6)
+    assert found["ema_output"] == pytest.approx(ddp["ema_output"], rel=1e-5)
+    assert found["ema"] != found["weights"]
+
+
+def test_float64_and_float32_differ_so_the_comparison_can_fail(runs: dict[str, Any]) -> None:
+    assert runs["ddp"]["losses"] != runs["ddp float64"]["losses"]
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_accumulated_batches_equal_one_large_batch(runs: dict[str, Any], name: str) -> None:
+    found = runs[f"{name} accumulated"]
+    assert_same_trace(found["losses"][:5], runs["single group"]["losses"][:5], 1e-5)
+    assert_same_trace(found["losses"], runs["ddp accumulated"]["losses"], 1e-5)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_clipping_is_the_same_everywhere(runs: dict[str, Any], name: str) -> None:
+    found, ddp = runs[f"{name} clipped"], runs["ddp clipped"]
+    assert_same_trace(found["losses"], ddp["losses"], 1e-6)
+    assert found["norms"] == pytest.approx(ddp["norms"], rel=1e-5)
+    assert min(found["norms"]) > 0.1, "nothing was clipped"
+    assert found["losses"] != runs[name]["losses"][:6]
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_adamw_is_the_same_everywhere(runs: dict[str, Any], name: str) -> None:
+    found, ddp = runs[f"{name} adamw"], runs["ddp adamw"]
+    assert_same_trace(found["losses"], ddp["losses"], 1e-6)
+    assert_same_weights(found["weights"], ddp["weights"], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "fsdp"])
+def test_optimizer_state_is_split(runs: dict[str, Any], name: str) -> None:
+    whole = runs["ddp"]["optimizer_numel"]
+    assert runs["zero0"]["optimizer_numel"] == whole
+    assert 0.4 * whole < runs[name]["optimizer_numel"] < 0.6 * whole
+
+
+@pytest.mark.parametrize(("source", "target"), list(permutations(SPLIT, 2)))
+def test_resume_under_another_strategy_goes_on_as_if_unbroken(
+    runs: dict[str, Any], source: str, target: str
+) -> None:
+    found, unbroken = runs[f"{source} → {target}"], runs[source]
+    assert "error" not in found
+    assert found["steps"] == 20
+    assert_same_trace(found["losses"], unbroken["losses"][10:], 1e-5)
+    assert found["extra"]["losses"] == unbroken["losses"][:10]
+    assert found["lr"] == unbroken["lr"]
+    assert_same_weights(found["weights"], unbroken["weights"], 1e-5)
+    assert_same_weights(found["ema"], unbroken["ema"], 1e-5)
+
+
+@pytest.mark.parametrize("pair", ["ddp → zero3", "zero2 → fsdp", "zero3 → zero2", "fsdp → ddp"])
+def test_resume_with_adamw_keeps_step_counts(runs: dict[str, Any], pair: str) -> None:
+    found, unbroken = runs[f"adamw {pair}"], runs["ddp adamw"]
+    assert_same_trace(found["losses"], unbroken["losses"][3:], 1e-5)
+    assert_same_weights(found["weights"], unbroken["weights"], 1e-5)
+
+
+def test_resume_on_one_then_on_four_ranks(runs: dict[str, Any]) -> None:
+    unbroken = runs["zero2"]["losses"]
+    assert_same_trace(runs["2 → 1"]["losses"], unbroken[10:15], 1e-5)
+    assert_same_trace(runs["2 → 1 → 4"]["losses"], unbroken[15:], 1e-5)
+    assert_same_weights(runs["2 → 1 → 4"]["weights"], runs["zero2"]["weights"], 1e-5)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_nan_on_one_rank_stops_all_with_step_and_place(runs: dict[str, Any], name: str) -> None:
+    error = runs[f"{name} stop"]["error"]
+    assert error.startswith("NonFiniteLossError: step 3: the gradients are not finite"), error
+    assert "first appears in the input of the network, on rank 0" in error
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_nan_on_one_rank_is_skipped_on_all(runs: dict[str, Any], name: str) -> None:
+    found = runs[f"{name} skip"]
+    assert found["losses"][2] is None
+    assert found["steps"] == 5
+    assert found["losses"][:2] == runs[name]["losses"][:2]
+    assert_same_trace(found["losses"][3:], runs["ddp skip"]["losses"][3:], 1e-6)
+    assert all(abs(number) < 1e6 for numbers in found["weights"].values() for number in numbers)
