@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scalesnn import functional
 from scalesnn.base import UserError
 from scalesnn.data import add_data_arguments, open_data
-from scalesnn.parallel import add_parallel_arguments, create_strategy
+from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.parallel.topology import Topology
 from scalesnn.tracking import (
@@ -189,6 +189,13 @@ class Trainer:
                 time.sleep(5)
             print(f"scalesnn: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except NonFiniteLossError as error:
+            if self.run.strategy.is_main:
+                latest = self.run.checkpoints.latest()
+                saved = f"; go on from {latest}, written before it" if latest else ""
+                print(f"scalesnn: {error}{saved} (--on-nan skip leaves such steps out)", file=sys.stderr)
+            self.run.strategy.close()
+            raise SystemExit(1) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 

@@ -110,12 +110,14 @@ def train_one_epoch(
         with timer.phase("optimizer"):
             result = strategy.step()
 
-        acc1, acc5 = trainer.cal_acc1_acc5(output_NK.detach(), targets)
-        for averages in (run.averages, of_step):
-            averages.add({"loss": loss, "acc1": acc1, "acc5": acc5}, len(targets))
         run.hang_watch.tick()
         progress.batch += 1
         progress.images_seen += len(targets) * strategy.world_size
+        if result.skipped:  # gradients are not finite: the batch enters no mean
+            continue
+        acc1, acc5 = trainer.cal_acc1_acc5(output_NK.detach(), targets)
+        for averages in (run.averages, of_step):
+            averages.add({"loss": loss, "acc1": acc1, "acc5": acc5}, len(targets))
         if not result.stepped:  # a micro-batch of an accumulated step
             continue
         progress.step += 1
