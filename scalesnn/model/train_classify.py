@@ -346,7 +346,9 @@ class Trainer:
             loss, acc1, acc5 = self.train_one_epoch(
                 strategy.model, criterion, strategy.optimizer, train, self.device, epoch, args, run.ema
             )
-            if progress.step == steps_before:  # a user's own train_one_epoch, which keeps no account
+            resumed_at_the_end = progress.batch >= run.batches_per_epoch  # saved after an epoch's last batch
+            if progress.step == steps_before and not resumed_at_the_end:
+                # a user's own train_one_epoch, which keeps no account
                 progress.step, progress.batch = steps_before + len(train), run.batches_per_epoch
             if run.interrupted:
                 break
