@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalesnn.kernels.source import fields, variant_source
+from scalesnn.kernels.source import STEPS, fields, variant_source
 
-__all__ = ["OPTIONS", "THREADS", "available", "call", "launch_grid", "slabs_for"]
+__all__ = ["OPTIONS", "THREADS", "available", "call", "launch_grid", "slabs_for", "variant_of"]
 
 THREADS = 256  # of a block, as in the kernel source
 OPTIONS = ("-std=c++17", "--fmad=false")  # no fused multiply-add: the CPU's and torch's arithmetic
@@ -66,6 +66,23 @@ def launch_grid(name: str, arguments: dict[str, Any]) -> tuple[int, int]:
     return max(1, min(-(-arguments["size"] // THREADS), MOST_BLOCKS)), 1
 
 
+def variant_of(name: str, dtype: torch.dtype, surrogate: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of ``variant_source`` for a launch."""
+    variant = (
+        dtype,
+        surrogate,
+        min(STEPS, 1 << max(arguments["steps"] - 1, 0).bit_length()),
+        arguments["charge"],
+        bool(arguments["hard_reset"]),
+        bool(arguments["detach_reset"]),
+        arguments["decay"] is not None,
+        arguments["mean"] is not None,
+    )
+    if name != "backward":  # the others do not depend on what only the backward sweep knows
+        variant = (dtype, surrogate, 1, *variant[3:5], False, *variant[6:])
+    return variant
+
+
 def call(name: str, x: Tensor, surrogate: str, arguments: dict[str, Any]) -> None:
     """Run a kernel on the GPU of ``x``.
 
@@ -77,18 +94,7 @@ def call(name: str, x: Tensor, surrogate: str, arguments: dict[str, Any]) -> Non
     """
     import cupy
 
-    variant = (
-        x.dtype,
-        surrogate,
-        arguments["steps"],
-        arguments["charge"],
-        bool(arguments["hard_reset"]),
-        bool(arguments["detach_reset"]),
-        arguments["decay"] is not None,
-        arguments["mean"] is not None,
-    )
-    if name != "backward":  # the others do not depend on what only the backward sweep knows
-        variant = (x.dtype, surrogate, 1, *variant[3:5], False, *variant[6:])
+    variant = variant_of(name, x.dtype, surrogate, arguments)
     values = [arguments[field] or 0 for field, _ in fields()]
     values = [float(v) if kind == "number" else int(v) for v, (_, kind) in zip(values, fields(), strict=True)]
     index = x.device.index if x.device.index is not None else torch.cuda.current_device()

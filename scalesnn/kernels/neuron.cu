@@ -299,7 +299,9 @@ DEVICE void backward_tile(const Unit& u, i64 i, int n, const real* mean, const r
             if (u.charge != IDENTITY) {
                 if (u.grad_v && u.v_every_step) FOR_LANES grad_v[l] += ((const real*)u.grad_v)[t * u.size + i + l];
                 // the gradient of h: through the spike, and through what the reset leaves of h
-                if (!u.detach_reset && u.hard_reset) FOR_LANES grad_y[l] += grad_v[l] * (value - h[k][l]);
+                const bool v_used = u.grad_v || t < u.steps - 1;  // else not 0 * h, which may be 0 * inf
+                if (!u.detach_reset && u.hard_reset && v_used) FOR_LANES
+                    grad_y[l] += grad_v[l] * (value - h[k][l]);
                 if (!u.detach_reset && !u.hard_reset) FOR_LANES grad_y[l] -= grad_v[l] * threshold;
                 FOR_LANES grad_y[l] *= surrogate(h[k][l] - threshold, p0, p1, p2, p3);
                 if (u.hard_reset) FOR_LANES

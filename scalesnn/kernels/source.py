@@ -74,7 +74,7 @@ def variant_source(
     """The source of a GPU module in which everything that is known beforehand is a constant.
 
     Args:
-        steps: T; the backward sweep is unrolled for the next power of two, at most ``STEPS``.
+        steps: for how many time-steps the backward sweep is unrolled.
         others: as in the kernel source.
     """
     scalar = scalar_of(dtype)
@@ -82,7 +82,7 @@ def variant_source(
         "VARIANT": "",
         "SCALAR": scalar,
         "REAL": "double" if scalar == "double" else "float",
-        "STEPS": min(STEPS, 1 << max(steps - 1, 0).bit_length()),
+        "STEPS": steps,
         "CHARGE": charge,
         "HARD_RESET": int(hard_reset),
         "DETACH_RESET": int(detach_reset),
