@@ -17,14 +17,16 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from scalesnn.tracking.peaks import peak_flops
+from scalesnn.tracking.profiler import DATA_SPAN, StepProfiler
 
 __all__ = ["StepTimer", "peak_memory"]
 
@@ -57,6 +59,7 @@ class StepTimer:
         self.world_size = world_size
         self.time_steps = time_steps
         self.flops_per_image: float | None = None
+        self.profiler: StepProfiler | None = None
         self._hours_before = hours_before
         self._born = time.perf_counter()
         self._cuda = self.device.type == "cuda"
@@ -79,7 +82,8 @@ class StepTimer:
             while True:
                 before = time.perf_counter()
                 try:
-                    batch = next(iterator)
+                    with self._span(DATA_SPAN):
+                        batch = next(iterator)
                 except StopIteration:
                     return
                 self._host["data_wait"] = self._host.get("data_wait", 0.0) + time.perf_counter() - before
@@ -87,6 +91,8 @@ class StepTimer:
                 first = batch[0] if isinstance(batch, list | tuple) else batch
                 self._images += first.shape[0] if isinstance(first, torch.Tensor) else 0
                 yield batch
+                if self.profiler is not None:
+                    self.profiler.step()
         finally:
             self._lap()
             self._running = None
@@ -143,6 +149,10 @@ class StepTimer:
                 record["mfu"] = per_device / peak
         return record
 
+    def _span(self, name: str) -> AbstractContextManager[Any]:
+        """A stretch that is marked in the profiler's trace; nothing (it is not free) without --profile."""
+        return nullcontext() if self.profiler is None else record_function(name)
+
     def _lap(self) -> None:
         now = time.perf_counter()
         self._wall += now - (self._running or now)
@@ -173,14 +183,16 @@ class StepTimer:
 
 
 class _Phase(AbstractContextManager[None]):
-    """One timed phase; entering and leaving cost under a microsecond on the CPU."""
+    """One timed phase; it is marked in a profiler's trace as well."""
 
-    __slots__ = ("_name", "_start", "_timer")
+    __slots__ = ("_name", "_span", "_start", "_timer")
 
     def __init__(self, timer: StepTimer, name: str) -> None:
         self._timer, self._name = timer, name
+        self._span = timer._span(f"scalesnn: {name}")
 
     def __enter__(self) -> None:
+        self._span.__enter__()
         self._start = self._timer._now()
 
     def __exit__(
@@ -188,6 +200,7 @@ class _Phase(AbstractContextManager[None]):
     ) -> None:
         if kind is None:
             self._timer._add(self._name, self._start)
+        self._span.__exit__(kind, error, trace)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
