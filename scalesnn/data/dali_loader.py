@@ -25,7 +25,7 @@ from scalesnn.data.dali_graph import (
     make_train_pipeline,
     train_inputs,
 )
-from scalesnn.data.headers import BadImageError, as_bitmap, decode_rgb
+from scalesnn.data.headers import BadImageError, as_bitmap, decode_rgb, is_bitmap
 from scalesnn.data.index import ImageIndex
 from scalesnn.data.loader import Loader, LoaderSettings
 from scalesnn.data.mixing import Mixer
@@ -202,11 +202,13 @@ class DaliLoader(Loader):
             RuntimeError: ``error``, when every image can be decoded: then it was not the images.
         """
         images = {
-            image: data
-            for raw in batches
-            for image, data in zip(raw.images.tolist(), raw.data, strict=True)
-            if image not in self.bad.reasons
+            image: data for raw in batches for image, data in zip(raw.images.tolist(), raw.data, strict=True)
         }
+        if any(
+            image in self.bad.reasons or (image in self.reader.by_pillow and not is_bitmap(data))
+            for image, data in images.items()
+        ):
+            return  # read before it was known to be bad: to be read again
         before = len(self.bad.reasons)
         for image, data in images.items():
             try:
@@ -215,7 +217,7 @@ class DaliLoader(Loader):
                 self.bad.add(image, str(reason))
         if len(self.bad.reasons) > before:
             return
-        failing = {image for image, data in images.items() if not self._decodes(data)} - self.reader.by_pillow
+        failing = {image for image, data in images.items() if not is_bitmap(data) and not self._decodes(data)}
         if not failing:
             raise error
         self.reader.by_pillow |= failing

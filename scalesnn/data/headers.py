@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 
-__all__ = ["BadImageError", "as_bitmap", "decode_rgb", "image_kind", "image_size", "looks_whole"]
+__all__ = ["BadImageError", "as_bitmap", "decode_rgb", "image_kind", "image_size", "is_bitmap", "looks_whole"]
 
 
 class BadImageError(Exception):
@@ -145,3 +145,8 @@ def as_bitmap(pixels: np.ndarray) -> bytes:
     decoder."""
     height, width, _ = pixels.shape
     return b"P6\n%d %d\n255\n" % (width, height) + np.ascontiguousarray(pixels).tobytes()
+
+
+def is_bitmap(data: bytes) -> bool:
+    """Whether ``as_bitmap`` may have made these bytes: a binary PPM file."""
+    return data[:2] == b"P6"

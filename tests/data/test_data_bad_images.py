@@ -171,6 +171,23 @@ def test_odd_files_work_and_look_as_pillow_shows_them(
         assert (image - expected).abs().mean() * 255 * 0.225 < limit, name
 
 
+def test_bad_images_that_replace_each_other_are_survived(
+    tmp_path: Path, make_folder: Any, picture: Any, open_loaders: Any
+) -> None:
+    root = make_folder(tmp_path, 40, 3)
+    files = broken_files(picture(0, 60, 64))
+    for number in range(8):  # only found by decoding, and each the next one's replacement
+        name = ("flipped_bits.png", "half.bmp", "half.tif")[number % 3]
+        (root / "train" / "class_1" / f"x{number}_{name}").write_bytes(files[name])
+    (root / "train" / "class_1" / "x9_gif.jpg").write_bytes(encoded(picture(1, 50, 50), "GIF"))
+    for seed in range(4):
+        data = open_loaders(root, *PLAIN, batch_size=3, seed=seed)
+        for epoch in (0, 1):
+            assert sum(len(images) for images, _ in data.train.epoch(epoch)) == 48
+        assert len(data.train.bad.reasons) == 8
+        assert all("/x" in data.train.index.names[image] for image in data.train.bad.reasons)
+
+
 @both
 @pytest.mark.parametrize("damage", ["cut", "gone", "emptied"])
 def test_a_file_that_breaks_during_the_run_is_replaced(
