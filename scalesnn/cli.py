@@ -17,12 +17,14 @@ def command_adders() -> Iterator[Callable[[Any], None]]:
     from scalesnn.data.commands import add_data_command
     from scalesnn.doctor import add_doctor_command
     from scalesnn.launch_command import add_launch_command
+    from scalesnn.tracking.report import add_report_command
     from scalesnn.training.export import add_export_command
 
     yield add_data_command
+    yield add_doctor_command
     yield add_export_command
     yield add_launch_command
-    yield add_doctor_command
+    yield add_report_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

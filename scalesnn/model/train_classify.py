@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from scalesnn import functional
 from scalesnn.base import UserError
 from scalesnn.data import add_data_arguments, open_data
+from scalesnn.doctor import add_preflight_argument, run_preflight
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.parallel.topology import Topology
 from scalesnn.tracking import (
     NullTracker,
     SpikeMonitor,
+    StepProfiler,
     StepTimer,
     Tracker,
     add_tracking_arguments,
@@ -81,6 +83,7 @@ class Trainer:
         add_run_arguments(parser)
         add_preemption_arguments(parser)
         add_hang_arguments(parser)
+        add_preflight_argument(parser)
         add_tracking_arguments(parser)
         return parser
 
@@ -207,6 +210,8 @@ class Trainer:
         apply_global_batch(args, self.topology.world_size)
         strategy = create_strategy(args, self.topology)
         self.device = strategy.setup_device(args.device)
+        if args.preflight:
+            run_preflight(args, self.topology, strategy.store)
         folder = self._choose_folder(args, strategy)
         if args.print_logdir:
             if strategy.is_main:
@@ -229,6 +234,7 @@ class Trainer:
                 lambda optimizer: self.set_lr_scheduler(args, optimizer),
             )
             self.run = self._start(args, folder, strategy, data, preemption, watch)
+            stack.callback(self.run.profiler.close)
             stack.enter_context(watch)
             code = self._test(args) if args.test_only else self._train(args)
         strategy.close()
@@ -313,6 +319,9 @@ class Trainer:
         )
         timer.watch_communication(strategy.module)
         spikes = SpikeMonitor(strategy.module, args.spike_metrics_every if strategy.is_main else 0)
+        profiler = StepProfiler(
+            args.profile if strategy.is_main else 0, folder / "profile", tracker.notice, self.device
+        )
         run = Run(
             args,
             folder,
@@ -324,6 +333,7 @@ class Trainer:
             progress,
             timer,
             spikes,
+            profiler,
             preemption,
             watch,
             ema,
@@ -372,14 +382,11 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         """What the user should know at the end."""
         run = self.run
-        return {
-            "run": run.folder,
-            "epochs": run.progress.epoch,
-            "steps": run.progress.step,
-            "best_acc1": run.progress.best_acc1,
-            "best_checkpoint": run.checkpoints.best(),
-            "latest_checkpoint": run.checkpoints.latest(),
-        }
+        best = run.checkpoints.best()
+        summary = {"run": run.folder, "epochs": run.progress.epoch, "steps": run.progress.step}
+        if best is not None:
+            summary.update(best_acc1=run.progress.best_acc1, best_checkpoint=best)
+        return {**summary, "latest_checkpoint": run.checkpoints.latest()}
 
     def _evaluate_epoch(self, args: Any, criterion: nn.Module, record: dict[str, Any]) -> bool:
         """Evaluate the weights, and their average where one is kept; whether they are the best so far."""

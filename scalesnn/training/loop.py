@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scalesnn import functional
 from scalesnn.base import UserError
 from scalesnn.parallel.strategy import Strategy
-from scalesnn.tracking import NullTracker, SpikeMonitor, StepTimer, Tracker
+from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.ema import ModelEma
 from scalesnn.training.hang_watch import HangWatch
@@ -42,6 +42,7 @@ class Run:
     progress: Progress
     timer: StepTimer
     spikes: SpikeMonitor
+    profiler: StepProfiler
     preemption: Preemption
     hang_watch: HangWatch
     ema: ModelEma | None = None
@@ -111,6 +112,7 @@ def train_one_epoch(
             result = strategy.step()
 
         run.hang_watch.tick()
+        run.profiler.step()
         progress.batch += 1
         progress.images_seen += len(targets) * strategy.world_size
         if result.skipped:  # gradients are not finite: the batch enters no mean
