@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DATA_SPAN", "StepProfiler", "shares_of", "top_operators"]
+__all__ = ["DATA_SPAN", "StepProfiler", "profiler_enabled", "shares_of", "top_operators"]
 
 DATA_SPAN = "scalesnn: waiting for data"
 _WARM_UP = 2
@@ -26,6 +26,11 @@ _GROUPS = (  # the first that matches an operator's or a kernel's name
     ("neuron kernels", "scalesnn(::|_)|neuron|spike|surrogate"),
     ("normalisation", "batch_?norm|group_?norm|bn_(fw|bw)"),
 )
+
+
+def profiler_enabled() -> bool:
+    """Whether a profiler of torch is recording."""
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 class StepProfiler:

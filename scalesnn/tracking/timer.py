@@ -26,7 +26,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from scalesnn.tracking.peaks import peak_flops
-from scalesnn.tracking.profiler import DATA_SPAN, StepProfiler
+from scalesnn.tracking.profiler import DATA_SPAN, profiler_enabled
 
 __all__ = ["StepTimer", "peak_memory"]
 
@@ -59,7 +59,6 @@ class StepTimer:
         self.world_size = world_size
         self.time_steps = time_steps
         self.flops_per_image: float | None = None
-        self.profiler: StepProfiler | None = None
         self._hours_before = hours_before
         self._born = time.perf_counter()
         self._cuda = self.device.type == "cuda"
@@ -91,8 +90,6 @@ class StepTimer:
                 first = batch[0] if isinstance(batch, list | tuple) else batch
                 self._images += first.shape[0] if isinstance(first, torch.Tensor) else 0
                 yield batch
-                if self.profiler is not None:
-                    self.profiler.step()
         finally:
             self._lap()
             self._running = None
@@ -149,9 +146,10 @@ class StepTimer:
                 record["mfu"] = per_device / peak
         return record
 
-    def _span(self, name: str) -> AbstractContextManager[Any]:
-        """A stretch that is marked in the profiler's trace; nothing (it is not free) without --profile."""
-        return nullcontext() if self.profiler is None else record_function(name)
+    @staticmethod
+    def _span(name: str) -> AbstractContextManager[Any]:
+        """A stretch that is marked in the profiler's trace; nothing (it is not free) while none records."""
+        return record_function(name) if profiler_enabled() else nullcontext()
 
     def _lap(self) -> None:
         now = time.perf_counter()

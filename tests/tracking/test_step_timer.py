@@ -80,7 +80,7 @@ def test_communication_is_what_backward_does_after_the_last_gradient() -> None:
 def test_utilisation_counts_the_flops_of_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scalesnn.tracking.timer.peak_flops", lambda device: 1e9)
     model = nn.Sequential(
-        layer.Conv2d(3, 8, 3, bias=False), neuron.IFNode(), layer.Conv2d(8, 4, 3, bias=False)
+        layer.Conv2d(3, 8, 3, bias=False), neuron.IFNode(backend="torch"), layer.Conv2d(8, 4, 3, bias=False)
     )
     functional.set_step_mode(model, "m")
     x = torch.rand(2, 4, 3, 8, 8)
@@ -129,14 +129,15 @@ def profiled(steps: int, batches: int, folder: Path) -> list[str]:
     functional.set_step_mode(model, "m")
     said: list[str] = []
     timer = StepTimer()
-    timer.profiler = StepProfiler(steps, folder, said.append)
+    profiler = StepProfiler(steps, folder, said.append)
     for _ in timer.data(Batches(batches, 0.01)):
         with timer.phase("forward"):
             loss = model(torch.rand(4, 8, 3, 16, 16)).sum()
         with timer.phase("backward"):
             loss.backward()
             functional.reset_net(model)
-    timer.profiler.close()
+        profiler.step()
+    profiler.close()
     return said
 
 
