@@ -113,7 +113,8 @@ def run_check(args: argparse.Namespace) -> int:
         index.close()
     write_list(findings, root, target)
     for finding in findings:
-        print(f"{'bad  ' if finding.bad else 'works'}  {finding.path}: {finding.reason}")
+        name = finding.path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        print(f"{'bad  ' if finding.bad else 'works'}  {name}: {finding.reason}")
     bad = sum(finding.bad for finding in findings)
     notes = Counter(finding.reason for finding in findings if not finding.bad)
     odd = "".join(f"; {count} {reason}" for reason, count in notes.most_common())

@@ -136,7 +136,12 @@ def make_evaluation_pipeline(
         raw = fn.external_source(name="raw", dtype=types.UINT8, ndim=1)
         size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
         anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
-        image = fn.decoders.image(raw, device=_decoder(device), adjust_orientation=False)
+        image = fn.decoders.image(
+            raw,
+            device=_decoder(device),
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,  # a GPU then interpolates colours as the CPU's decoder and Pillow do
+        )
         image = fn.resize(image, size=size, **_interpolation(recipe))
         image = fn.slice(
             image,

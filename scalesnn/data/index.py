@@ -79,10 +79,14 @@ class ImageIndex:
         return data
 
     def path(self, image: int) -> str:
-        """The full name of image ``image``, for messages; an image in a shard is SHARD#NAME."""
+        """The full name of image ``image``; an image in a shard is SHARD#NAME."""
         if self.shard is None:
             return os.path.join(self.root, self.names[image])
         return f"{os.path.join(self.root, self.files[int(self.shard[image])])}#{self.names[image]}"
+
+    def readable(self, image: int) -> str:
+        """``path`` for messages: a name that is not UTF-8 can be printed, too."""
+        return self.path(image).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     def without(self, bad: set[str]) -> ImageIndex:
         """The index without the images whose ``path`` is in ``bad``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def store_index(index: ImageIndex, target: Path) -> None:
         arrays |= {"shard": index.shard, "offset": index.offset, "length": index.length}
         arrays["names"] = _as_bytes(index.names)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     with open(partial, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     partial.replace(target)

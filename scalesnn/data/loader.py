@@ -81,7 +81,7 @@ class BadImages:
         """
         if image in self.reasons:
             return
-        path = self.index.path(image)
+        path = self.index.readable(image)
         if not self.skip:
             raise UserError(f"bad image {path}: {reason} (--bad-images skip goes on without it)")
         self.reasons[image] = reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -256,6 +257,22 @@ def test_check_names_every_broken_file_and_training_leaves_them_out(
     assert not data.train.bad.reasons
     with pytest.raises(UserError, match="names 36 bad images"):
         open_loaders(broken, "--bad-images", "stop")
+
+
+def test_a_name_that_is_not_utf8_is_no_obstacle(
+    tmp_path: Path, make_folder: Any, open_loaders: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_folder(tmp_path, 12, 3)
+    folder = os.fsencode(root / "train" / "class_0")
+    (root / "train" / "class_0" / "0000.jpg").rename(os.fsdecode(folder + b"/caf\xe9.jpg"))
+    with open(folder + b"/d\xe9chir\xe9.jpg", "wb") as file:
+        file.write(b"torn")
+    data = open_loaders(root, "--cache-dataset", output_dir=str(tmp_path / "run"))
+    data = open_loaders(root, "--cache-dataset", output_dir=str(tmp_path / "run"))
+    assert sum(len(images) for images, _ in data.train.epoch(0)) == 12
+    assert command("check", str(root), "--quiet") == 1
+    assert "\ufffd" in capsys.readouterr().out
+    assert open_loaders(root).train.number_of_images == 12
 
 
 def test_check_is_content_with_a_good_folder(folder: Path, tmp_path: Path) -> None:
