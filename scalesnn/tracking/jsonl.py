@@ -6,15 +6,17 @@ than at a step: starts and ends of the process, notices, alerts, checkpoints.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from scalesnn.tracking.records import strict_json
 
-__all__ = ["JsonlSink", "cut_records", "read_jsonl", "set_aside"]
+__all__ = ["JsonlSink", "cut_records", "read_jsonl", "set_aside", "write_whole"]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -60,8 +62,19 @@ def set_aside(path: Path) -> None:
         path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
+def write_whole(file: FileIO, data: bytes) -> None:
+    """Write all of ``data`` to an unbuffered file.
+
+    Raises:
+        OSError: it could not be written, or only a part of it (the disk is full).
+    """
+    if data and file.write(data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 class JsonlSink:
-    """Append records to metrics.jsonl and events to events.jsonl; every line is flushed as it is written.
+    """Append records to metrics.jsonl and events to events.jsonl; each line goes to the system as it is
+    written.
 
     Args:
         run_folder: the run's folder.
@@ -79,18 +92,16 @@ class JsonlSink:
             set_aside(run_folder / "metrics.jsonl")
         else:
             cut_records(run_folder / "metrics.jsonl", last_step)
-        self._metrics: IO[str] = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events: IO[str] = (run_folder / "events.jsonl").open("a", encoding="utf-8")
+        self._metrics = (run_folder / "metrics.jsonl").open("ab", buffering=0)
+        self._events = (run_folder / "events.jsonl").open("ab", buffering=0)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one step or epoch record."""
-        self._metrics.write(_line(record))
-        self._metrics.flush()
+        write_whole(self._metrics, _line(record).encode())
 
     def event(self, event: dict[str, Any]) -> None:
         """Write one event."""
-        self._events.write(_line(event))
-        self._events.flush()
+        write_whole(self._events, _line(event).encode())
 
     def close(self, summary: dict[str, Any]) -> list[str]:
         """Close both files; nothing to tell the user."""
