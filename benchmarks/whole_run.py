@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--data-path", default=str(SAMPLE.relative_to(ROOT)))
+    parser.add_argument("--data-path", default=str(SAMPLE))
     args = parser.parse_args()
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in MODULES}
     with tempfile.TemporaryDirectory() as folder:
