@@ -16,7 +16,14 @@ import torch
 from scalesnn.data.augment import Recipe, TrainDraws, centre_crop, resized_size
 from scalesnn.data.policies import stages_of
 
-__all__ = ["dali", "evaluation_inputs", "make_evaluation_pipeline", "make_train_pipeline", "train_inputs"]
+__all__ = [
+    "dali",
+    "decoder_of",
+    "evaluation_inputs",
+    "make_evaluation_pipeline",
+    "make_train_pipeline",
+    "train_inputs",
+]
 
 
 def dali() -> tuple[Any, Any]:
@@ -62,7 +69,8 @@ def _pipeline(
     return made
 
 
-def _decoder(device: torch.device) -> str:
+def decoder_of(device: torch.device) -> str:
+    """The decoders' backend: on a GPU they take bytes from the CPU."""
     return "mixed" if device.type == "cuda" else "cpu"
 
 
@@ -88,7 +96,7 @@ def make_train_pipeline(
         size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
         image = fn.decoders.image_slice(
             raw,
-            device=_decoder(device),
+            device=decoder_of(device),
             start=window[0:2],
             shape=window[2:4],
             axis_names="HW",
@@ -138,7 +146,7 @@ def make_evaluation_pipeline(
         anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
         image = fn.decoders.image(
             raw,
-            device=_decoder(device),
+            device=decoder_of(device),
             adjust_orientation=False,
             jpeg_fancy_upsampling=True,  # a GPU then interpolates colours as the CPU's decoder and Pillow do
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from scalesnn.data.augment import draw_train
 from scalesnn.data.dali_graph import (
     dali,
+    decoder_of,
     evaluation_inputs,
     make_evaluation_pipeline,
     make_train_pipeline,
@@ -85,8 +86,7 @@ class DaliLoader(Loader):
         return _Prepared(number, raw, inputs)
 
     def _make_pipeline(self) -> Any:
-        """A new pipeline, warmed up with grey images: the first run of a pipeline must fill its whole
-        queue."""
+        """A new pipeline, warmed up with grey images, because its first run must fill its whole queue."""
         settings = self.settings
         make = make_train_pipeline if settings.train else make_evaluation_pipeline
         half = settings.dtype == torch.float16
@@ -172,16 +172,13 @@ class DaliLoader(Loader):
                 if self._pipeline is not None and len(prepared.raw.data):
                     self._pipeline.share_outputs()
                     self._pipeline.release_outputs()
-        except (
-            RuntimeError,
-            StopIteration,
-        ):  # a bad image, found again when it is asked for again; or an early end
+        except (RuntimeError, StopIteration):
+            # A bad image, which is found again when it is asked for again; or the epoch ended in _recover.
             self._pipeline = None
         running.clear()
 
     def _recover(self, epoch: int, running: deque[_Prepared], error: RuntimeError) -> Tensor:
-        """A batch failed, perhaps not the first: find the bad images, prepare and run all of ``running``
-        again."""
+        """A batch of ``running`` failed: find the bad images, prepare and run all of ``running`` again."""
         for _ in range(2 * self.depth * self.settings.batch_size):
             self._find_bad([batch.raw for batch in running], error)
             for place, batch in enumerate(running):
@@ -233,8 +230,7 @@ class DaliLoader(Loader):
         fn, types = dali()
         with pipeline:
             raw = fn.external_source(name="raw", dtype=types.UINT8, ndim=1)
-            decoder = "mixed" if device.type == "cuda" else "cpu"
-            pipeline.set_outputs(fn.decoders.image(raw, device=decoder))
+            pipeline.set_outputs(fn.decoders.image(raw, device=decoder_of(device)))
         pipeline.feed_input("raw", [np.frombuffer(data, np.uint8)])
         try:
             pipeline.run()

@@ -193,15 +193,16 @@ class Loader(abc.ABC):
             batches.close()
 
     def _count_wait(self, number: int, waited: float, worked: float) -> None:
-        """Say once when the training waits for data; the first batches of an epoch do not count."""
+        """Say once when fifty batches were waited for too long; the first ones of an epoch do not count."""
         if number < self.settings.prefetch:
             return
         self._waited += waited
         self._worked += worked
         self._timed += 1
-        if self._timed == _WAIT_BATCHES and self.settings.train:
+        if self._timed == _WAIT_BATCHES:
             share = self._waited / (self._waited + self._worked)
-            if share > _WAIT_SHARE:
+            self._waited, self._worked, self._timed = 0.0, 0.0, 0
+            if share > _WAIT_SHARE and self.settings.train and not self.notices:
                 notice = f"training waits for data {share:.0%} of the time: {self._advice()}"
                 self.notices.append(notice)
                 log.warning("%s", notice)

@@ -7,6 +7,7 @@ each of the two images is mixed with the other.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,27 +46,23 @@ def _beta(alpha: float, numbers: np.ndarray) -> np.ndarray:
     return np.interp(numbers, cumulative, grid)
 
 
-_tables: dict[float, tuple[np.ndarray, np.ndarray]] = {}
-
-
+@functools.cache
 def _beta_table(alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points x and the cumulative distribution there, dense towards both ends; computed once an alpha.
+    """Points x and the cumulative distribution there, dense towards both ends.
 
     With x = sin²(θ), the density x^(a-1) (1-x)^(a-1) dx becomes 2 (sin θ cos θ)^(2a-1) dθ. It is symmetric
     about π/4. The half 0 … π/4 is cut at θ = π/4 · (i/n)^k with k = max(1, 1/a), which makes the integrand
     bounded near 0.
     """
-    if alpha not in _tables:
-        power = max(1.0, 1.0 / alpha)
-        points = np.linspace(0.0, 1.0, 20_001)
-        middles = (points[:-1] + points[1:]) / 2
-        theta = np.pi / 4 * middles**power
-        weight = (np.sin(theta) * np.cos(theta)) ** (2 * alpha - 1) * power * middles ** (power - 1)
-        half = np.concatenate(([0.0], np.cumsum(weight)))
-        half = half / half[-1] / 2
-        edges = np.sin(np.pi / 4 * points**power) ** 2
-        _tables[alpha] = np.concatenate((edges, 1 - edges[-2::-1])), np.concatenate((half, 1 - half[-2::-1]))
-    return _tables[alpha]
+    power = max(1.0, 1.0 / alpha)
+    points = np.linspace(0.0, 1.0, 20_001)
+    middles = (points[:-1] + points[1:]) / 2
+    theta = np.pi / 4 * middles**power
+    weight = (np.sin(theta) * np.cos(theta)) ** (2 * alpha - 1) * power * middles ** (power - 1)
+    half = np.concatenate(([0.0], np.cumsum(weight)))
+    half = half / half[-1] / 2
+    edges = np.sin(np.pi / 4 * points**power) ** 2
+    return np.concatenate((edges, 1 - edges[-2::-1])), np.concatenate((half, 1 - half[-2::-1]))
 
 
 def draw_mix(

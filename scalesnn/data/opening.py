@@ -15,6 +15,7 @@ from scalesnn.base import UserError
 from scalesnn.data.arguments import default_workers
 from scalesnn.data.augment import Recipe
 from scalesnn.data.frames import FramesLoader, frames_shape
+from scalesnn.data.index import ImageIndex
 from scalesnn.data.listing import BAD_LIST, is_frames, open_index, read_bad_list
 from scalesnn.data.loader import Loader, LoaderSettings
 from scalesnn.data.mixing import Mixer
@@ -119,49 +120,15 @@ def open_data(
         notices.append(f"no --data-path: training on the images that ship with scalesnn ({SAMPLE.name})")
     if not root.is_dir():
         raise UserError(f"--data-path {root}: no such folder")
-    cache = Path(getattr(args, "output_dir", None) or ".") / "data-index" if args.cache_dataset else None
-    train_index = open_index(root / "train", cache=cache)
-    val_index = open_index(root / "val", train_index.classes, cache)
-    listed = Path(args.bad_image_list) if args.bad_image_list else root / BAD_LIST
-    if args.bad_image_list or listed.is_file():
-        bad = read_bad_list(listed, root)
-        known = len(train_index) + len(val_index)
-        train_index, val_index = train_index.without(bad), val_index.without(bad)
-        left_out = known - len(train_index) - len(val_index)
-        if left_out and args.bad_images == "stop":
-            raise UserError(f"{listed} names {left_out} bad images (--bad-images skip goes on without them)")
-        if not len(train_index) or not len(val_index):
-            raise UserError(f"{listed} leaves no image to train or to validate on")
-        notices.append(f"{left_out} images are left out, as {listed} says")
-
-    shape: tuple[int, int, int, int] | None = None
-    if is_frames(train_index):
-        shape = frames_shape(train_index)
-        notices.append(
-            f"event frames [T, C, H, W] = {list(shape)}: used as they are, without resizing, flips and "
-            "--auto-augment"
-        )
-        loader_class: Callable[..., Loader] = functools.partial(FramesLoader, shape=shape)
+    train_index, val_index = _indexes(args, root, notices)
+    shape = frames_shape(train_index) if is_frames(train_index) else None
+    if shape is None:
+        loader_class: Callable[..., Loader] = _loader_class(args.loader)
     else:
-        loader_class = _loader_class(args.loader)
+        loader_class = functools.partial(FramesLoader, shape=shape)
     mixer = None
     if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
         mixer = Mixer(seed, len(train_index.classes), args.mixup_alpha, args.cutmix_alpha)
-        if batch_size % 2 and world_size > 1:
-            notices.append(
-                f"an odd batch size ({batch_size}) on {world_size} ranks: the partners of mixup and cutmix "
-                "depend on the number of ranks"
-            )
-    if (
-        shape is None
-        and recipe.policy != "none"
-        and recipe.interpolation == "bicubic"
-        and args.loader == "dali"
-    ):
-        notices.append("--interpolation bicubic: the policy's shears and rotations stay bilinear with DALI")
-
-    if args.disable_pinmemory and args.loader == "dali":
-        notices.append("--disable-pinmemory concerns the torchvision loader only")
 
     def settings(train: bool) -> LoaderSettings:
         return LoaderSettings(
@@ -181,14 +148,61 @@ def open_data(
     train = loader_class(train_index, settings(True), mixer, args.ra_reps if args.ra_sampler else 1)
     val = loader_class(val_index, settings(False))
     notices += _tuned(args, train)
-    if len(train_index) < batch_size * world_size:
-        notices.append(
-            f"{len(train_index)} training images are fewer than a global batch of {batch_size * world_size}: "
+    notices += _remarks(args, shape, len(train_index), batch_size, world_size)
+    fingerprint = train_index.fingerprint() + val_index.fingerprint()
+    return Data(train, val, train_index.classes, notices, fingerprint, shape)
+
+
+def _indexes(args: argparse.Namespace, root: Path, notices: list[str]) -> tuple[ImageIndex, ImageIndex]:
+    """The images to train and to validate on, without those that a list names as bad.
+
+    Raises:
+        UserError: see open_index; or a list of bad images that cannot be read, must not be or leaves nothing.
+    """
+    cache = Path(getattr(args, "output_dir", None) or ".") / "data-index" if args.cache_dataset else None
+    train = open_index(root / "train", cache=cache)
+    val = open_index(root / "val", train.classes, cache)
+    listed = Path(args.bad_image_list) if args.bad_image_list else root / BAD_LIST
+    if not args.bad_image_list and not listed.is_file():
+        return train, val
+    bad = read_bad_list(listed, root)
+    known = len(train) + len(val)
+    train, val = train.without(bad), val.without(bad)
+    left_out = known - len(train) - len(val)
+    if left_out and args.bad_images == "stop":
+        raise UserError(f"{listed} names {left_out} bad images (--bad-images skip goes on without them)")
+    if not len(train) or not len(val):
+        raise UserError(f"{listed} leaves no image to train or to validate on")
+    notices.append(f"{left_out} images are left out, as {listed} says")
+    return train, val
+
+
+def _remarks(
+    args: argparse.Namespace, shape: tuple[int, ...] | None, images: int, batch_size: int, world_size: int
+) -> list[str]:
+    """What a user should know about flags that meet unusual data or each other."""
+    found = []
+    if shape is not None:
+        found.append(
+            f"event frames [T, C, H, W] = {list(shape)}: used as they are, without resizing, flips and "
+            "--auto-augment"
+        )
+    elif args.loader == "dali":
+        if args.auto_augment != "none" and args.interpolation == "bicubic":
+            found.append("--interpolation bicubic: the policy's shears and rotations stay bilinear with DALI")
+        if args.disable_pinmemory:
+            found.append("--disable-pinmemory concerns the torchvision loader only")
+    if batch_size % 2 and world_size > 1 and (args.mixup_alpha > 0 or args.cutmix_alpha > 0):
+        found.append(
+            f"an odd batch size ({batch_size}) on {world_size} ranks: the partners of mixup and cutmix "
+            "depend on the number of ranks"
+        )
+    if images < batch_size * world_size:
+        found.append(
+            f"{images} training images are fewer than a global batch of {batch_size * world_size}: "
             "images repeat inside a batch"
         )
-    return Data(
-        train, val, train_index.classes, notices, train_index.fingerprint() + val_index.fingerprint(), shape
-    )
+    return found
 
 
 def _tuned(args: argparse.Namespace, loader: Loader) -> list[str]:
