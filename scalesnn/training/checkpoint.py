@@ -13,7 +13,6 @@ so::
 
 from __future__ import annotations
 
-import random
 import shutil
 import sys
 import threading
@@ -23,26 +22,27 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 
 from scalesnn.base import UserError
 from scalesnn.parallel.state import Shard, StateLayoutError
 from scalesnn.parallel.strategy import Strategy, first_line
-from scalesnn.training.checkpoint_storage import (
+from scalesnn.training.checkpoint_index import (
     DTYPES,
     DamagedCheckpointError,
     Index,
+    sync_folder,
+    write_text_durably,
+)
+from scalesnn.training.checkpoint_storage import (
     RunsLoadPlanner,
     SafetensorsReader,
     SafetensorsWriter,
     ShardsSavePlanner,
-    sync_folder,
-    write_text_durably,
 )
+from scalesnn.training.random_state import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from scalesnn.training.ema import ModelEma
@@ -310,8 +310,8 @@ class CheckpointManager:
                     self.notice(f"going back to {folder}")
                 return folder, index
             damage.append(f"{folder} is damaged: {problem}")
-        if len(damage) == 1:
-            raise UserError(f"checkpoint {damage[0]}")
+            if len(candidates) == 1:
+                raise UserError(f"checkpoint {folder} cannot be used: {problem}")
         raise UserError(
             f"all {len(damage)} checkpoints in {self.folder} are damaged; the newest: {damage[0]}"
         )
@@ -324,19 +324,15 @@ class CheckpointManager:
         problem, index = None, None
         try:
             if not folder.is_dir():
-                kind = (
-                    "there is no such folder"
-                    if not folder.exists()
-                    else "it is a file, a checkpoint is a folder"
+                is_file = folder.exists()
+                raise DamagedCheckpointError(
+                    "it is a file, not a folder" if is_file else "there is no such folder"
                 )
-                raise DamagedCheckpointError(kind)
             index = Index.read(folder)
             mine = sorted(index.files)[self.strategy.rank :: self.strategy.world_size]
             problem = next((p for p in (index.check_file(folder, name) for name in mine) if p), None)
         except DamagedCheckpointError as error:
             problem = str(error)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            problem = f"its index lacks {error}"
         problems = [p for p in self.strategy.gather_objects(problem) if p]
         return (problems[0] if problems else None), index
 
@@ -376,38 +372,6 @@ class CheckpointManager:
     def _random_shards(self) -> dict[str, Shard]:
         prefix = f"random.{self.strategy.rank}."
         return {f"{prefix}{n}": Shard(v, 0, (v.numel(),)) for n, v in random_state().items()}
-
-
-def random_state() -> dict[str, Tensor]:
-    """State of this process's random number generators: torch's, the GPU's, numpy's and Python's."""
-    version, numbers, gauss = random.getstate()
-    key = np.random.get_state(legacy=False)
-    assert isinstance(key, dict)
-    inner = key["state"]
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *numbers], dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(inner["key"].astype(np.int64)),
-        "numpy_rest": torch.tensor([inner["pos"], key["has_gauss"], key["gauss"]], dtype=torch.float64),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(state: Mapping[str, Tensor]) -> None:
-    """The inverse of ``random_state``."""
-    torch.set_rng_state(state["torch"])
-    numbers = state["python"].tolist()
-    gauss = state["python_gauss"].item()
-    random.setstate((numbers[0], tuple(numbers[1:]), None if gauss != gauss else gauss))
-    position, has_gauss, cached = state["numpy_rest"].tolist()
-    np.random.set_state(
-        ("MT19937", state["numpy"].numpy().astype(np.uint32), int(position), int(has_gauss), cached)
-    )
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scalesnn.base import UserError
 from scalesnn.training.checkpoint import checkpoint_folders, read_pointer, resolve_folder
-from scalesnn.training.checkpoint_storage import DTYPES, DamagedCheckpointError, Index
+from scalesnn.training.checkpoint_index import DTYPES, DamagedCheckpointError, Index
 
 __all__ = ["add_export_command", "export", "read_weights"]
 

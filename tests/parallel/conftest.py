@@ -5,21 +5,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scalesnn.parallel.topology import free_port
-
 WORKER = Path(__file__).with_name("parallel_worker.py")
 CONFIGS = WORKER.parents[2] / "configs"
 Cells = dict[str, dict[str, Any]]
-Finished = list["subprocess.CompletedProcess[str]"]
 
 
 def zero(name: str, **more: Any) -> dict[str, Any]:
@@ -43,62 +42,55 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 RESUMED = ("ddp", "zero2", "zero3", "fsdp")
 
 
-def rank_environment(rank: int, world_size: int, port: int | str) -> dict[str, str]:
-    """What a launcher sets."""
-    return {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(WORKER.parents[2]),
-    }
+@dataclass
+class Rank:
+    """How a rank ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
 
 
-def start_ranks(world_size: int, command: list[str]) -> list[subprocess.Popen[str]]:
-    """Start ``python COMMAND`` as every rank of a world."""
-    port = free_port()
-    pipe = subprocess.PIPE
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=rank_environment(rank, world_size, port),
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-
-
-def finish_ranks(processes: list[subprocess.Popen[str]], *, timeout: float = 240) -> Finished:
-    """Wait for all ranks; kills those that are not done after ``timeout`` seconds."""
-    finished = []
-    try:
-        for process in processes:
-            out, err = process.communicate(timeout=timeout)
-            finished.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    return finished
-
-
-def run_cells(world_size: int, cells: Cells, folder: Path, *, timeout: float = 280) -> dict[str, Any]:
-    """Run training cells on ``world_size`` ranks; returns rank 0's results by cell."""
+def run_worlds(worlds: list[dict[str, Any]], folder: Path, *, timeout: float = 280) -> list[list[Rank]]:
+    """Run worlds ``{"size", "cells", "may_fail"}`` one after the other; their results go to FOLDER/NUMBER."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cells.json").write_text(json.dumps(cells))
-    results = folder / "results.json"
-    command = [str(WORKER), str(folder / "cells.json"), str(results)]
-    for rank, process in enumerate(finish_ranks(start_ranks(world_size, command), timeout=timeout)):
-        said = f"{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
-        assert process.returncode == 0, f"rank {rank} of {world_size}: {said}"
-    return dict(json.loads(results.read_text()))
+    for number, world in enumerate(worlds):
+        world["results"] = str(folder / str(number))
+    (folder / "worlds.json").write_text(json.dumps(worlds))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), str(folder / "worlds.json")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said = f"{process.communicate()[0]}\nnot done after {timeout} s"
+    found = []
+    for world in worlds:
+        codes_file = Path(f"{world['results']}.codes")
+        codes = json.loads(codes_file.read_text()) if codes_file.exists() else [None] * world["size"]
+        ranks = [
+            Rank(code, *(read(Path(f"{world['results']}.{rank}.{stream}")) for stream in ("out", "err")))
+            for rank, code in enumerate(codes)
+        ]
+        if not world.get("may_fail"):
+            for number, rank in enumerate(ranks):
+                assert rank.code == 0, (
+                    f"rank {number} ended with {rank.code}: {rank.err[-4000:]}\n{said[-2000:]}"
+                )
+        found.append(ranks)
+    return found
+
+
+def read(path: Path) -> str:
+    """A text file's content; empty where there is none."""
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def train_once(root: Path) -> dict[str, Any]:
@@ -153,7 +145,6 @@ def train_once(root: Path) -> dict[str, Any]:
             "steps": 6,
             "seed": 99,
         }
-    results = run_cells(2, two, root / "two")
     one["2 → 1"] = {
         "flags": STRATEGIES["ddp"] | {"sync_bn": True},
         "resume": folder("zero2/step_00000010"),
@@ -162,7 +153,6 @@ def train_once(root: Path) -> dict[str, Any]:
         "save": [15],
         "seed": 99,
     }
-    results |= run_cells(1, one, root / "one")
     (root / "hsdp.yaml").write_text(
         (CONFIGS / "hsdp.yaml").read_text().replace("replicas: auto", "replicas: 2")
     )
@@ -175,7 +165,9 @@ def train_once(root: Path) -> dict[str, Any]:
             "seed": 99,
         },
     }
-    return results | run_cells(4, four, root / "four")
+    worlds = [{"size": size, "cells": cells} for size, cells in ((2, two), (1, one), (4, four))]
+    run_worlds(worlds, root)
+    return {name: cell for world in worlds for name, cell in json.loads(read(Path(world["results"]))).items()}
 
 
 @pytest.fixture(scope="session")
@@ -201,12 +193,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def start() -> Callable[[int, list[str]], list[subprocess.Popen[str]]]:
-    """``start_ranks``."""
-    return start_ranks
-
-
-@pytest.fixture(scope="session")
-def finish() -> Callable[..., Finished]:
-    """``finish_ranks``."""
-    return finish_ranks
+def worlds() -> Callable[..., list[list[Rank]]]:
+    """``run_worlds``."""
+    return run_worlds

@@ -7,8 +7,9 @@ processes is the expensive part, so a test session starts few and gives each man
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from scalesnn import functional, layer, neuron, surrogate
 from scalesnn.base import UserError
 from scalesnn.parallel import NonFiniteLossError, Topology, create_strategy
+from scalesnn.parallel.deepspeed import import_deepspeed
+from scalesnn.parallel.topology import free_port
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.ema import ModelEma
 
@@ -121,6 +124,7 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     dtype = getattr(torch, cell.get("dtype", "float32"))
     args = Arguments(cell.get("flags", {}))
     strategy = create_strategy(args, topology)
+    strategy.patience = cell.get("patience", strategy.patience)
     strategy.setup_device("cpu")
     torch.manual_seed(cell.get("seed", 1))
     net = Net(cell.get("norm", "batch")).to(dtype)
@@ -145,6 +149,10 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     done = progress.step  # global batches
     while done < cell.get("steps", STEPS):
         total = 0.0
+        if cell.get("die", {}).get("step") == done and cell["die"]["rank"] == strategy.rank:
+            if cell["die"]["how"] != "raise":
+                os.kill(os.getpid(), signal.Signals[cell["die"]["how"]])
+            raise RuntimeError("on purpose")
         for part in range(accumulation):
             begin = (part * strategy.world_size + strategy.rank) * share
             x, y = (t[done, begin : begin + share] for t in (images, targets))
@@ -204,22 +212,83 @@ def digest(state: dict[str, Tensor]) -> dict[str, list[float]]:
     }
 
 
-def main(cells_path: str, results_path: str) -> None:
-    """Run all cells; rank 0 writes what came of each."""
+def run_rank(rank: int, world: dict[str, Any], port: int) -> None:
+    """Be one rank: run all cells of its world; rank 0 writes what came of each."""
+    size = world["size"]
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     topology = Topology.from_environment()
-    results = {}
-    for name, cell in json.loads(Path(cells_path).read_text()).items():
+    results: dict[str, Any] = {}
+    for name, cell in world["cells"].items():
         try:
             results[name] = train(cell, topology)
         except (UserError, NonFiniteLossError) as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
-        except Exception:
-            traceback.print_exc()
-            raise
-    if topology.rank == 0:
-        Path(results_path).write_text(json.dumps(results))
+    if rank == 0:
+        Path(world["results"]).write_text(json.dumps(results))
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def start_rank(rank: int, world: dict[str, Any], port: int) -> int:
+    """Fork a rank; its output goes to files beside the results. Returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        for number, stream in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{world['results']}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT), number)
+        run_rank(rank, world, port)
+        code = 0
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_world(world: dict[str, Any]) -> list[int]:
+    """Run the ranks of a world; returns their exit codes. Ranks that have stopped themselves are killed in
+    the end."""
+    port = free_port()
+    children = [start_rank(rank, world, port) for rank in range(world["size"])]
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        child, status = os.waitpid(-1, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            if len(codes) == len(children) - 1:
+                os.kill(child, signal.SIGKILL)
+            continue
+        codes[child] = os.waitstatus_to_exitcode(status)
+        for other in set(children) - set(codes):
+            if len(codes) == len(children) - 1 and is_stopped(other):
+                os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by SIGSTOP."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def main(worlds_path: str) -> None:
+    """Run worlds one after the other and write the exit codes beside the results."""
+    for world in json.loads(Path(worlds_path).read_text()):
+        if any("deepspeed_config" in cell.get("flags", {}) for cell in world["cells"].values()):
+            import_deepspeed(verbose=False)  # once, for all ranks
+        codes = run_world(world)
+        Path(f"{world['results']}.codes").write_text(json.dumps(codes))
+        if any(codes) and not world.get("may_fail"):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

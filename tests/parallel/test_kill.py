@@ -1,0 +1,60 @@
+"""Killed at any moment, a run loses nothing but the steps since its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("kill_worker.py")
+# SCALESNN_KILLS=30 makes this the long form.
+KILLS = int(os.environ.get("SCALESNN_KILLS", "10"))
+
+
+def run(folder: Path, kills: int, seed: int) -> tuple[dict[str, Any], list[list[Any]]]:
+    """The worker's account, and the lines of the log."""
+    folder.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(folder), str(kills), str(seed)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (folder / "log").read_text().splitlines() if line.endswith("]")]
+    return json.loads(done.stdout), log
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("seed", [1, 7])  # 7: checkpoints are written in the background
+def test_killed_at_random_moments_and_resumed(tmp_path: Path, seed: int) -> None:
+    _, unbroken = run(tmp_path / "unbroken", 0, seed)
+    losses = {line[1]: line[2] for line in unbroken if line[0] == "step"}
+    assert len(losses) == 60
+
+    account, log = run(tmp_path / "killed", KILLS, seed)
+    assert account["status"] == 0
+    assert account["kills"] == KILLS
+    assert account["amid_writing"] >= KILLS / 3
+    saved = reached = 0
+    for line in log:
+        if line[0] == "start":
+            # What was saved is there; a life may find the checkpoint that was complete but not yet reported.
+            assert line[1] == 0 or saved <= line[1] <= reached
+            if line[1] == 0:
+                saved = 0
+        elif line[0] == "step":
+            reached = line[1]
+            assert line[2] == losses[line[1]], f"step {line[1]} differs from the unbroken run"
+        elif line[0] == "saved" and seed != 7:
+            saved = line[1]
+    assert log[-1] == unbroken[-1]
+    left = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert left == ["best", "latest", "step_00000054", "step_00000057", "step_00000060"]
