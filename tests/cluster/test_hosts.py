@@ -224,7 +224,8 @@ def test_the_manifest_s_command_trains_in_two_pods(few_images, tmp_path):
     processes = []
     for number in range(2):
         pod = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(number),
-               "RANK": str(number), "WORLD_SIZE": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port),
+               "RANK": str(number), "WORLD_SIZE": "2", "PET_MASTER_ADDR": "127.0.0.1",
+               "PET_MASTER_PORT": str(port),
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                "KUBERNETES_SERVICE_HOST": "10.96.0.1"}  # fmt: skip
         words = [
