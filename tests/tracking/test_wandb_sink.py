@@ -232,3 +232,58 @@ def test_a_cut_or_damaged_wandb_file_is_read_to_its_end_or_refused(
     file.write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"not a \.wandb file"):
         list(read_records(file))
+
+
+def test_the_sweep_starts_trainings_whose_flags_exist() -> None:
+    """The command is put together by W&B's own agent code."""
+    import yaml
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    from scalesnn.model.train_imagenet_example import SResNetTrainer
+
+    root = Path(__file__).parents[2]
+    sweep = yaml.safe_load((root / "configs" / "sweep.yaml").read_text())
+    assert (root / sweep["program"]).exists()
+    values = {
+        name: {"value": spec["values"][0] if "values" in spec else spec["min"]}
+        for name, spec in sweep["parameters"].items()
+    }
+    known = create_sweep_command_args({"args": values})
+    known |= {"interpreter": ["python"], "program": [sweep["program"]]}
+    words: list[str] = []
+    for part in create_sweep_command(sweep["command"]):
+        words += known[part[2:-1]] if part.startswith("${") else [part]
+    args = SResNetTrainer().get_args_parser().parse_args(words[2:])
+    assert (args.lr, args.T, args.model, args.weight_decay) == (0.005, 2, "spiking_resnet18", 0.0)
+    assert (args.wandb, args.train_crop_size) == ("online", 28)
+
+
+def test_the_report_layout_names_metrics_that_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib.util
+    import re
+
+    path = Path(__file__).parents[2] / "configs" / "wandb_report.py"
+    spec = importlib.util.spec_from_file_location("wandb_report", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    logged = {"train/loss", "train/lr", "train/mfu", "memory/peak_bytes", "memory/reserved_bytes"}
+    logged |= {
+        f"train/{name}" for name in ("images_per_s", "compute_images_per_s", "data_wait_s", "device_hours")
+    }
+    logged |= {
+        f"{split}_{name}" for split in ("train", "test", "ema_test") for name in ("loss", "acc1", "acc5")
+    }
+    logged |= {"spikes/firing_rate", "spikes/dead_share", "spikes/saturated_share", "time/forward_s"}
+    logged |= {f"spikes/layer1.0.sn1/{name}" for name in ("firing_rate", "dead_share", "firing_rate_t/t0")}
+    logged |= {"membrane/sn1/active_share", "gradient_norm/conv1", "energy/synops_per_image"}
+    logged |= {"energy/snn_mj_per_image", "energy/ann_mj_per_image"}
+    for panels in module.LAYOUT.values():
+        for title, metrics, _ in panels:
+            if isinstance(metrics, str):
+                assert any(re.fullmatch(metrics, name) for name in logged), title
+            else:
+                assert set(metrics) <= logged, title
+    assert module.main(["--dry-run"]) == 0
+    assert "Firing rate of each layer" in capsys.readouterr().out
