@@ -27,7 +27,7 @@ import torch
 
 from scalesnn.kernels.source import SCALARS, fields, scalar_of, source, surrogate_macros
 
-__all__ = ["available", "cache_folder", "call", "library"]
+__all__ = ["HAS_COMPILER", "available", "cache_folder", "call", "library"]
 
 logger = logging.getLogger("scalesnn")
 
@@ -45,6 +45,13 @@ FLAGS = (
 TYPES = {"integer": ctypes.c_longlong, "number": ctypes.c_double, "pointer": ctypes.c_void_p}
 FUNCTIONS = ("forward", "statistics", "normalise_backward", "pack", "unpack")
 LOCK_SECONDS = 120.0
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+
+
+HAS_COMPILER = _compiler() is not None
 
 
 def cache_folder() -> Path:
@@ -82,7 +89,7 @@ def library(surrogate: str | None) -> ctypes.CDLL:
         RuntimeError: there is no compiler, or it failed.
     """
     code = (surrogate_macros(surrogate) if surrogate is not None else "") + source()
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    compiler = _compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler on PATH")
     key = hashlib.sha256(

@@ -3,6 +3,7 @@ copies."""
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from scalesnn.kernels.source import STEPS, fields, variant_source
 
-__all__ = ["OPTIONS", "THREADS", "available", "call", "launch_grid", "slabs_for", "variant_of"]
+__all__ = ["HAS_CUPY", "OPTIONS", "THREADS", "available", "call", "launch_grid", "slabs_for", "variant_of"]
 
 THREADS = 256  # of a block, as in the kernel source
 OPTIONS = ("-std=c++17", "--fmad=false")  # no fused multiply-add: the CPU's and torch's arithmetic
 MOST_BLOCKS = 1 << 16
+HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
 
 @cache

@@ -36,6 +36,8 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the fused kernels run on tensors of this device and dtype."""
     if dtype not in SCALARS:
         return False
+    if torch.compiler.is_compiling():  # which does not trace a build
+        return {"cpu": cpu.HAS_COMPILER, "cuda": cuda.HAS_CUPY}.get(device.type, False)
     if device.type == "cpu":
         return cpu.available()
     return device.type == "cuda" and torch.version.cuda is not None and cuda.available()

@@ -198,24 +198,27 @@ DEVICE void forward_tile(const Unit& u, i64 i, int n, const real* mean, const re
     }
 }
 
-// Of every lane over time: its mean, its sum of squares about that mean (Welford), and the mean squared. Summed over a
-// channel's lanes in double they give the channel's mean and variance without cancellation.
+// Of every lane over time: its mean, its sum of squares about that mean (Welford, of the differences to the lane's first
+// value, so that a large mean takes no digits), and the mean squared. Summed over a channel's lanes in double they give
+// the channel's mean and variance.
 template <class scalar, class real>
 DEVICE void statistics_tile(const Unit& u, i64 i, int n, double (*sums)[LANES]) {
-    real mean[LANES] = {}, squares[LANES] = {};
+    real origin[LANES] = {}, mean[LANES] = {}, squares[LANES] = {};
+    FOR_LANES origin[l] = to_real(((const scalar*)u.x)[i + l]);
     for (i64 t = 0; t < u.steps; t++) {
         const scalar* x = (const scalar*)u.x + t * u.size + i;
         const real share = real(1) / real(t + 1);
         FOR_LANES {
-            real value = to_real(x[l]), delta = value - mean[l];
+            real value = to_real(x[l]) - origin[l], delta = value - mean[l];
             mean[l] += delta * share;
             squares[l] += delta * (value - mean[l]);
         }
     }
     FOR_LANES {
-        sums[0][l] = mean[l];
+        double lane_mean = (double)origin[l] + (double)mean[l];
+        sums[0][l] = lane_mean;
         sums[1][l] = squares[l];
-        sums[2][l] = (double)mean[l] * (double)mean[l];
+        sums[2][l] = lane_mean * lane_mean;
     }
 }
 

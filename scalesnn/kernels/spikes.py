@@ -56,7 +56,9 @@ def marked(tensor: Tensor) -> Tensor:
         return tensor
     if not hasattr(tensor, "scalesnn_version"):
         other = _by_address.get(tensor.data_ptr()) if _has_address(tensor) else None
-        if other is None or other.shape != tensor.shape or other.stride() != tensor.stride():
+        if other is None or not hasattr(other, "scalesnn_version"):
+            return tensor
+        if other.shape != tensor.shape or other.stride() != tensor.stride():
             return tensor
         if (
             other.dtype != tensor.dtype
@@ -67,7 +69,7 @@ def marked(tensor: Tensor) -> Tensor:
         if _version(other) != _version(tensor):
             return tensor
         tensor = other
-    if tensor.scalesnn_version != _version(tensor):  # type: ignore[attr-defined]  # changed in place since
+    if tensor.scalesnn_version != _version(tensor):  # changed in place since
         for name in ("largest", "bits", "once", "normalised", "affine", "version"):
             if hasattr(tensor, f"scalesnn_{name}"):
                 delattr(tensor, f"scalesnn_{name}")
