@@ -79,9 +79,10 @@ class FramesReader(Reader):
 
 
 class FramesLoader(Loader):
-    """Batches [n, T, C, H, W]; arguments as ``Loader``, but for
+    """Batches [n, T, C, H, W] in float32 or the compute dtype.
 
     Args:
+        index, settings, mixer, repetitions: as for ``Loader``; of the recipe, only ``erase`` is used.
         shape: T, C, H, W of every array.
     """
 
