@@ -24,6 +24,7 @@ from scalesnn.base import UserError
 from scalesnn.data import add_data_arguments, open_data
 from scalesnn.doctor import add_preflight_argument, run_preflight
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
+from scalesnn.parallel.placement import add_placement_arguments, place_process
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.parallel.topology import Topology
 from scalesnn.tracking import (
@@ -84,6 +85,7 @@ class Trainer:
         add_preemption_arguments(parser)
         add_hang_arguments(parser)
         add_preflight_argument(parser)
+        add_placement_arguments(parser)
         add_tracking_arguments(parser)
         return parser
 
@@ -207,6 +209,7 @@ class Trainer:
         check_arguments(args)
         set_deterministic(args.seed, args.disable_uda)
         self.topology = Topology.from_environment(local_rank_flag=args.local_rank)
+        place_process(self.topology, bind=not args.no_cpu_binding)
         apply_global_batch(args, self.topology.world_size)
         strategy = create_strategy(args, self.topology)
         self.device = strategy.setup_device(args.device)

@@ -8,17 +8,20 @@ choice.
 from __future__ import annotations
 
 import os
+from argparse import ArgumentParser
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from scalesnn.parallel.topology import Topology
 
 __all__ = [
+    "add_placement_arguments",
     "bind_to_cores",
     "choose_cores",
     "gpu_numa_nodes",
-    "limit_threads",
     "numa_nodes",
+    "place_process",
     "threads_per_rank",
 ]
 
@@ -112,27 +115,57 @@ def bind_to_cores(
     return len(chosen)
 
 
-def threads_per_rank(topology: Topology, cores: int, environ: Mapping[str, str] = os.environ) -> int:
-    """OMP_NUM_THREADS where set, else Slurm's cores per task, else this node's cores shared out."""
+def threads_per_rank(topology: Topology, cores: int, environ: Mapping[str, str] = os.environ) -> int | None:
+    """OMP threads of a rank: Slurm's cores per task, else its share of this node's ``cores``.
+
+    None for a rank that has the machine to itself, or where OMP_NUM_THREADS is set: nothing is changed.
+    """
     if environ.get("OMP_NUM_THREADS", "").isdigit():
-        return max(1, int(environ["OMP_NUM_THREADS"]))
+        return None
     if topology.source == "slurm" and environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
         return max(1, int(environ["SLURM_CPUS_PER_TASK"]))
+    if topology.local_world_size == 1:
+        return None
     return max(1, cores // topology.local_world_size)
 
 
-def limit_threads(topology: Topology, environ: MutableMapping[str, str] = os.environ) -> int:
-    """Give torch and OpenMP ``threads_per_rank`` threads, counted over the cores of this machine; returns it.
+def physical_cores(cpus: set[int], system: Path = SYSTEM) -> int:
+    """How many cores ``cpus`` lie on: two hyper-threads of one core count once."""
+    return len({siblings(system, cpu) for cpu in cpus})
 
-    Call it before ``bind_to_cores``: the share is of what all local ranks may use together.
-    """
+
+def gpu_addresses() -> list[str]:
+    """PCI addresses of the GPUs that torch sees, in its order."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = threads_per_rank(topology, cores, environ)
-    environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-    return threads
+    found = []
+    for index in range(torch.cuda.device_count()):
+        gpu: Any = torch.cuda.get_device_properties(index)
+        found.append(f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0")
+    return found
+
+
+def add_placement_arguments(parser: ArgumentParser) -> None:
+    """Define ``--no-cpu-binding``."""
+    parser.add_argument_group("placement").add_argument(
+        "--no-cpu-binding", action="store_true", help="leave it to the system on which cores each rank runs"
+    )
+
+
+def place_process(
+    topology: Topology, *, bind: bool = True, environ: MutableMapping[str, str] = os.environ
+) -> None:
+    """Give this rank its threads and, with ``bind``, its cores; call it once, before any work."""
+    import torch
+
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    threads = threads_per_rank(topology, physical_cores(allowed), environ)
+    if threads is not None:
+        environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    if bind:
+        addresses = gpu_addresses() if torch.cuda.is_available() else []
+        bind_to_cores(topology, gpu_numa_nodes(addresses[: topology.local_world_size]), environ)
 
 
 def parse_cpulist(text: str) -> set[int]:

@@ -173,7 +173,7 @@ def test_torchrun_starts_a_killed_training_again(few_images, tmp_path):
     os.kill(worker_of(process.pid), signal.SIGKILL)
     out = process.communicate(timeout=300)[0]
     assert process.returncode == 0, out[-3000:]
-    assert sorted(trace(metrics.parent)) == list(range(1, 17))
+    assert sorted(trace(metrics.parent)) == list(range(1, 37))  # 36 images, 4 a step, 4 epochs
     assert "resumed from" in out
 
 
@@ -224,9 +224,9 @@ def test_the_manifest_s_command_trains_in_two_pods(few_images, tmp_path):
     processes = []
     for number in range(2):
         pod = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(number),
-               "RANK": str(number), "WORLD_SIZE": "2", "PET_MASTER_ADDR": "127.0.0.1",
+               "RANK": str(number), "WORLD_SIZE": "2", "PET_MASTER_ADDR": "127.0.0.2",
                "PET_MASTER_PORT": str(port),
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+               "MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(port),
                "KUBERNETES_SERVICE_HOST": "10.96.0.1"}  # fmt: skip
         words = [
             word for word in command if not word.startswith(("--data-path", "--output-dir", "--run-name"))

@@ -7,12 +7,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from scalesnn.parallel.placement import (
     choose_cores,
+    gpu_addresses,
     gpu_numa_nodes,
     numa_nodes,
     parse_cpulist,
+    physical_cores,
     threads_per_rank,
 )
 from scalesnn.parallel.topology import Topology
@@ -86,8 +89,39 @@ def test_threads():
     slurm = Topology(local_world_size=4, world_size=4, source="slurm")
     assert threads_per_rank(four, 64, {}) == 16
     assert threads_per_rank(four, 2, {}) == 1
-    assert threads_per_rank(four, 64, {"OMP_NUM_THREADS": "3"}) == 3
     assert threads_per_rank(slurm, 64, {"SLURM_CPUS_PER_TASK": "7"}) == 7
+
+
+def test_threads_that_were_chosen_or_have_no_neighbours_are_left_alone():
+    assert threads_per_rank(Topology(local_world_size=4, world_size=4), 64, {"OMP_NUM_THREADS": "3"}) is None
+    assert threads_per_rank(Topology(), 64, {}) is None
+
+
+def test_hyper_threads_of_a_core_count_once(two_sockets):
+    assert physical_cores(set(range(32)), two_sockets) == 16
+    assert physical_cores({0, 16, 1}, two_sockets) == 2
+
+
+def test_a_rank_gets_its_threads():
+    program = """
+import torch
+from scalesnn.parallel.placement import place_process
+from scalesnn.parallel.topology import Topology
+environ = {"SLURM_CPUS_PER_TASK": "3"}
+place_process(Topology(source="slurm"), bind=False, environ=environ)
+assert torch.get_num_threads() == 3 and environ["OMP_NUM_THREADS"] == "3"
+"""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": os.getcwd()}
+    assert subprocess.run([sys.executable, "-c", program], env=env, timeout=60).returncode == 0
+
+
+def test_the_address_of_a_gpu_is_that_of_sys(monkeypatch):
+    class Gpu:
+        pci_domain_id, pci_bus_id, pci_device_id = 0, 0x17, 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Gpu())
+    assert gpu_addresses() == ["0000:17:00.0"]
 
 
 def test_binding_reaches_the_kernel():
