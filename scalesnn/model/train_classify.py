@@ -237,6 +237,7 @@ class Trainer:
                 lambda optimizer: self.set_lr_scheduler(args, optimizer),
             )
             self.run = self._start(args, folder, strategy, data, preemption, watch)
+            stack.callback(self.run.tracker.close, {"state": "failed"})  # unless it is closed by then
             stack.callback(self.run.profiler.close)
             stack.enter_context(watch)
             code = self._test(args) if args.test_only else self._train(args)
@@ -258,14 +259,25 @@ class Trainer:
         """``load_model``, refused where it could not take the sequence it will get.
 
         Raises:
-            UserError: neurons in step mode 's' for a sequence [T, N, C, H, W].
+            UserError: neurons in step mode 's' for a sequence [T, N, C, H, W], or another number of channels
+                than the first convolution takes.
         """
+        frames = getattr(data, "frames_shape", None)  # [T, C, H, W] of event frames
+        if frames is not None and hasattr(args, "T"):
+            if "T" in args.explicit and frames[0] != args.T:
+                raise UserError(f"--T {args.T}, but the frames have {frames[0]} time-steps: leave --T out")
+            args.T = frames[0]
         model = self.load_model(args, len(data.classes))
-        probe = self.preprocess_train_sample(
-            args, torch.zeros(1, 3, args.train_crop_size, args.train_crop_size)
-        )
+        shape = frames or (3, args.train_crop_size, args.train_crop_size)
+        probe = self.preprocess_train_sample(args, torch.zeros(1, *shape))
         if probe.ndim == 5:
             functional.check_step_mode(model, "m")
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is not None and first.in_channels != probe.shape[-3]:
+            raise UserError(
+                f"the data has {probe.shape[-3]} channels, but the network's first convolution takes "
+                f"{first.in_channels}: build one that fits in load_model"
+            )
         return model.to(memory_format=torch.channels_last)
 
     def _start(
@@ -318,7 +330,10 @@ class Trainer:
             for notice in notices:
                 tracker.notice(notice)
         timer = StepTimer(
-            self.device, world_size=strategy.world_size, time_steps=getattr(args, "T", None) or 1
+            self.device,
+            world_size=strategy.world_size,
+            time_steps=getattr(args, "T", None) or 1,
+            hours_before=tracker.last("device_hours"),
         )
         timer.watch_communication(strategy.module)
         spikes = SpikeMonitor(strategy.module, args.spike_metrics_every if strategy.is_main else 0)
@@ -387,8 +402,11 @@ class Trainer:
         run = self.run
         best = run.checkpoints.best()
         summary = {"run": run.folder, "epochs": run.progress.epoch, "steps": run.progress.step}
+        summary["state"] = "preempted" if run.interrupted else "finished"
         if best is not None:
             summary.update(best_acc1=run.progress.best_acc1, best_checkpoint=best)
+        if replaced := run.data.train.stats.get("replaced_images"):
+            summary["replaced_images"] = replaced
         return {**summary, "latest_checkpoint": run.checkpoints.latest()}
 
     def _evaluate_epoch(self, args: Any, criterion: nn.Module, record: dict[str, Any]) -> bool:

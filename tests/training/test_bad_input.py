@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from small_runs import SMALL
@@ -111,3 +112,16 @@ def test_a_net_in_single_step_mode_is_refused_with_its_cure(capsys, images, tmp_
         trainer.main(trainer.get_args_parser().parse_args(words))
     assert stopped.value.code == 2
     assert "functional.set_step_mode(model, 'm')" in capsys.readouterr().err
+
+
+def test_event_frames_for_a_net_of_images_are_refused_with_the_channels(capsys, tmp_path):
+    for split in ("train", "val"):
+        for name in ("left", "right"):
+            folder = tmp_path / "frames" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                np.save(folder / f"{i}.npy", np.ones((5, 2, 24, 24), np.uint8))
+    text = refused(capsys, "--output-dir", tmp_path / "runs", "--data-path", tmp_path / "frames")
+    assert "--T 2, but the frames have 5 time-steps" in text
+    text = refused(capsys, "--output-dir", tmp_path / "runs", "--data-path", tmp_path / "frames", "--T", 5)
+    assert "the data has 2 channels" in text
