@@ -101,10 +101,12 @@ def train_once(root: Path) -> dict[str, Any]:
 
     one: Cells = {
         "single float64": {"dtype": "float64"},
+        "single torch": {"dtype": "float64", "norm": "torch", "steps": 8},
         "single group": {"norm": "group", "flags": {"sync_bn": False}},
     }
     two: Cells = {
         "ddp float64": {"dtype": "float64"},
+        "ddp torch": {"dtype": "float64", "norm": "torch", "steps": 8},
         "fsdp float64": {"dtype": "float64", "flags": fsdp()},
     }
     for name, flags in STRATEGIES.items():

@@ -78,7 +78,7 @@ def life(folder: Path, log: Path, background: bool) -> None:
             strategy.step()
             progress.step += 1
             ema.update(progress.step)
-            note("step", progress.step, float(loss))
+            note("step", progress.step, loss.item())
             if progress.step % 10 == 0:
                 strategy.end_epoch()
             if progress.step % EVERY == 0:
@@ -89,6 +89,28 @@ def life(folder: Path, log: Path, background: bool) -> None:
         note("end", sum(v.double().square().sum().item() for v in state.values()))
 
 
+def lines(log: Path) -> int:
+    """How many lines the log has."""
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def wait_for_lines(child: int, log: Path, count: int) -> None:
+    """Wait until the log has ``count`` lines, or the child has ended."""
+    while lines(log) < count and Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.002)
+
+
+def is_writing(folder: Path, since: float) -> bool:
+    """Whether a checkpoint is being written that was begun after ``since``."""
+    for path in folder.glob(".writing_*"):
+        try:
+            if path.stat().st_mtime >= since:
+                return True
+        except FileNotFoundError:  # it was renamed just now: complete
+            continue
+    return False
+
+
 def main(target: str, kills: str, seed: str) -> None:
     """Run lives until ``kills`` of them were killed, then one to the end."""
     folder, log = Path(target) / "checkpoints", Path(target) / "log"
@@ -97,6 +119,7 @@ def main(target: str, kills: str, seed: str) -> None:
     count = amid_writing = 0
     background = seed.endswith("7")
     while True:
+        born = time.time()
         child = os.fork()
         if child == 0:
             try:
@@ -109,17 +132,12 @@ def main(target: str, kills: str, seed: str) -> None:
             _, status = os.waitpid(child, 0)
             print(json.dumps({"kills": count, "amid_writing": amid_writing, "status": status}))
             return
-        if count % 2 == 0:
-            deadline = time.monotonic() + 5
-            first = draw.random() < 0.5  # the first write seen, or one a little later
-            time.sleep(0 if first else draw.uniform(0.02, 0.2))
-            while not any(folder.glob(".writing_*")) and time.monotonic() < deadline:
-                if os.waitpid(child, os.WNOHANG)[0]:
-                    break
-            time.sleep(draw.uniform(0, 0.015))
-        else:
-            time.sleep(draw.uniform(0.0, 0.3))
-        writing = any(folder.glob(".writing_*"))
+        wait_for_lines(child, log, lines(log) + draw.randint(1, 9))
+        deadline = time.monotonic() + 2
+        while count % 2 == 0 and not is_writing(folder, born) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.02))
+        writing = is_writing(folder, born)
         try:
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)

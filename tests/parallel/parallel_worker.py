@@ -62,8 +62,22 @@ class Arguments:
         self.explicit = set(self.explicit)
 
 
+class TorchNorm(nn.Module):
+    """torch's own BatchNorm2d, called as scalesnn's is."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor, neuron: nn.Module, residual: Tensor | None = None) -> Tensor:
+        y = self.bn(x.flatten(0, 1)).view_as(x)
+        return neuron(y if residual is None else y + residual)
+
+
 def norm(kind: str, channels: int) -> nn.Module:
-    """A normalisation layer: ``batch``, or ``group``, which does not mix the images of a batch."""
+    """A normalisation layer: ``batch``, ``torch`` (torch's own), or ``group``, which does not mix images."""
+    if kind == "torch":
+        return TorchNorm(channels)
     return layer.BatchNorm2d(channels) if kind == "batch" else layer.GroupNorm(1, channels)
 
 

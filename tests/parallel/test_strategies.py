@@ -36,6 +36,12 @@ def test_trace_is_that_of_one_process_with_the_whole_batch(runs: dict[str, Any],
     assert_same_weights(found["ema"], single["ema"], 1e-10)
 
 
+def test_batchnorm_of_torch_is_synchronised_too(runs: dict[str, Any]) -> None:
+    found, single = runs["ddp torch"], runs["single torch"]
+    assert_same_trace(found["losses"], single["losses"], 1e-12)
+    assert_same_weights(found["weights"], single["weights"], 1e-10)
+
+
 @pytest.mark.parametrize("name", [*ZERO, "fsdp"])
 def test_trace_is_that_of_ddp(runs: dict[str, Any], name: str) -> None:
     found, ddp = runs[name], runs["ddp"]
