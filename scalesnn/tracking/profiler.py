@@ -19,7 +19,6 @@ import torch
 __all__ = ["DATA_SPAN", "StepProfiler", "profiler_enabled", "shares_of", "top_operators"]
 
 DATA_SPAN = "scalesnn: waiting for data"
-_WARM_UP = 2
 _GROUPS = (  # the first that matches an operator's or a kernel's name
     ("communication", "nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|broadcast_|barrier"),
     ("convolution", "conv|cudnn|implicit_?gemm|xmma|fprop|dgrad|wgrad|winograd|cutlass"),
@@ -56,17 +55,17 @@ class StepProfiler:
 
     def step(self) -> None:
         """One training step is over."""
-        if not self._steps or self._done > _WARM_UP + self._steps:
+        if not self._steps or self._done > 1 + self._steps:
             return
-        if self._done == 0:  # the first step compiles and allocates: it is not recorded
+        if self._done == 0:  # the first step compiles and allocates, the second warms the profiler up
             self._start()
+        elif self._done == 1:
+            self._profile.step()
+            self._began = time.perf_counter()
+        elif self._done == 1 + self._steps:
+            self._finish(time.perf_counter() - self._began)
         else:
-            if self._done == _WARM_UP:
-                self._began = time.perf_counter()
-            if self._done == _WARM_UP + self._steps:
-                self._finish(time.perf_counter() - self._began)
-            else:
-                self._profile.step()
+            self._profile.step()
         self._done += 1
 
     def close(self) -> None:
@@ -82,7 +81,7 @@ class StepProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._cuda:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        schedule = torch.profiler.schedule(wait=0, warmup=_WARM_UP - 1, active=self._steps + 1)
+        schedule = torch.profiler.schedule(wait=0, warmup=1, active=self._steps)
         self._profile = torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True)
         self._profile.start()
 

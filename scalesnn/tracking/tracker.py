@@ -64,8 +64,12 @@ class NullTracker:
     def alert(self, title: str, text: str) -> None:
         """Do nothing."""
 
-    def log_checkpoint(self, path: Path, *, best: bool = False) -> None:
+    def log_checkpoint(self, path: Path, *, best: bool = False, seconds: float | None = None) -> None:
         """Do nothing."""
+
+    def last(self, name: str) -> float:
+        """0: there is no record."""
+        return 0.0
 
     def close(self, summary: Record | None = None) -> None:
         """Do nothing."""
@@ -78,6 +82,7 @@ class Tracker(NullTracker):
         total_steps: optimizer steps of the whole run, for the time left; 0: unknown.
         first_step: steps already done when this process started.
         seen: (split, step) of epoch records that are already on file: a repeated one is dropped.
+        newest: the newest step record on file.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class Tracker(NullTracker):
         total_steps: int = 0,
         first_step: int = 0,
         seen: set[tuple[str, int]] | None = None,
+        newest: Record | None = None,
     ) -> None:
         self._sinks: list[Sink] = []
         self._total_steps = total_steps
@@ -93,6 +99,8 @@ class Tracker(NullTracker):
         self._seen = seen or set()
         self._clock: tuple[float, int] | None = None
         self._closed = False
+        self._newest: Record = dict(newest or {})
+        self._pending: Record = {}
         self._waiting: SimpleQueue[str] = SimpleQueue()  # lines for the user, from the sinks' threads
 
     def add_sink(self, name: str, make: Callable[[], Sink]) -> None:
@@ -110,7 +118,9 @@ class Tracker(NullTracker):
         """Log the record of the last steps: ``step``, ``epoch``, ``split`` ("train" unless given), and
         metrics.
         """
-        self._log({"kind": "step", "split": "train", **plain(record)})
+        self._newest = {"kind": "step", "split": "train", **plain(record), **self._pending}
+        self._pending = {}
+        self._log(self._newest)
 
     def log_epoch(self, record: Record) -> None:
         """Log one pass over a split: ``step``, ``epoch``, ``split`` (train, test or ema_test), and metrics.
@@ -131,7 +141,10 @@ class Tracker(NullTracker):
         step.
         """
         self._say_waiting()
-        record.setdefault("total_steps", self._total_steps)
+        record = {**record, "total_steps": record.get("total_steps", self._total_steps)}
+        for name in ("lr", "images_per_s"):  # not measured every step
+            if name in self._newest:
+                record.setdefault(name, self._newest[name])
         self._step = int(record.get("step", self._step))
         for sink in [sink for sink in self._sinks if isinstance(sink, ConsoleSink)]:
             if sink.is_due(record):
@@ -154,15 +167,27 @@ class Tracker(NullTracker):
 
     def notice(self, text: str) -> None:
         """Tell the user one line."""
+        if self._closed and not self._sinks:
+            print(f"scalesnn: {text}", flush=True)
         self._event({"event": "notice", "text": text})
 
     def alert(self, title: str, text: str) -> None:
         """Tell the user of trouble (NaN, a stall, dead layers), through W&B's alerts as well."""
         self._event({"event": "alert", "title": title, "text": text})
 
-    def log_checkpoint(self, path: Path, *, best: bool = False) -> None:
-        """Note a checkpoint; with --wandb-log-model it becomes a W&B artifact."""
-        self._event({"event": "checkpoint", "path": str(path), "best": best})
+    def log_checkpoint(self, path: Path, *, best: bool = False, seconds: float | None = None) -> None:
+        """Note a checkpoint; with --wandb-log-model it becomes a W&B artifact. How long it took to write is
+        part of the next step record.
+        """
+        self._event({"event": "checkpoint", "path": str(path), "best": best, "seconds": seconds})
+        if seconds is not None:
+            self._pending["checkpoint_s"] = seconds
+
+    def last(self, name: str) -> float:
+        """The newest value of a number in the step records, those of earlier processes included; 0: there is
+        none.
+        """
+        return float(self._newest.get(name, 0.0))
 
     def close(self, summary: Record | None = None) -> None:
         """Close every sink; ``summary`` is printed and kept. Further calls do nothing."""
@@ -241,10 +266,12 @@ def create_tracker(
         [record for record in read_jsonl(metrics) if record.get("step", 0) <= first_step] if resumed else []
     )
     epochs = [record for record in kept if record.get("kind") == "epoch"]
+    newest = next((record for record in reversed(kept) if record.get("kind") == "step"), None)
     tracker = Tracker(
         total_steps=total_steps,
         first_step=first_step,
         seen={(str(record.get("split")), int(record.get("step", 0))) for record in epochs},
+        newest=newest,
     )
     tracker.add_sink("console", ConsoleSink)
     tracker.add_sink("metrics.jsonl", lambda: JsonlSink(run_folder, first_step if resumed else None))

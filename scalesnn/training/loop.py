@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -69,8 +70,9 @@ class Run:
         averages = None
         if self.averages is not None:
             averages = self.strategy.reduce_sum(self.averages.sums.clone()).tolist()
+        began = time.monotonic()
         path = self.checkpoints.save(self.progress, extra={"averages": averages}, is_best=is_best)
-        self.tracker.log_checkpoint(path)
+        self.tracker.log_checkpoint(path, best=is_best, seconds=time.monotonic() - began)
         return path
 
 
@@ -116,6 +118,7 @@ def train_one_epoch(
         progress.batch += 1
         progress.images_seen += len(targets) * strategy.world_size
         if result.skipped:  # gradients are not finite: the batch enters no mean
+            run.tracker.alert("gradients are not finite", f"the step after {progress.step} is skipped")
             continue
         acc1, acc5 = trainer.cal_acc1_acc5(output_NK.detach(), targets)
         for averages in (run.averages, of_step):
@@ -154,8 +157,7 @@ def log_step(run: Run, of_step: Averages, grad_norm: Tensor | float | None) -> N
     """Show the step; every --metrics-every steps write its metrics. Only then is the device waited for."""
     step, epoch = run.progress.step, run.progress.epoch
     place = {"step": step, "epoch": epoch, "split": "train"}
-    due = step % run.args.metrics_every == 0
-    if not due and not run.spikes.due(step):
+    if step % run.args.metrics_every:  # the same on all ranks: what follows is collective
         run.tracker.progress({**place, **of_step.latest(), **run.data.train.stats})
         return
     record: dict[str, Any] = {
