@@ -23,6 +23,8 @@ from scalesnn import functional
 from scalesnn.base import UserError
 from scalesnn.data import add_data_arguments, open_data
 from scalesnn.doctor import add_preflight_argument, run_preflight
+from scalesnn.memory import add_memory_arguments
+from scalesnn.memory import prepare as prepare_memory
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
 from scalesnn.parallel.placement import add_placement_arguments, place_process
 from scalesnn.parallel.strategy import Strategy
@@ -79,6 +81,7 @@ class Trainer:
         add_model_arguments(parser)
         add_data_arguments(parser)
         add_optimization_arguments(parser)
+        add_memory_arguments(parser)
         add_parallel_arguments(parser)
         add_elastic_arguments(parser)
         add_run_arguments(parser)
@@ -228,7 +231,7 @@ class Trainer:
             watch = HangWatch(args.hang_timeout, folder, strategy.rank, strategy.world_size)
             data = as_data(self.load_data(args), args, self.device)
             stack.callback(data.close)
-            model = self._make_model(args, data)
+            model = self._make_model(args, data, strategy)
             strategy.prepare(
                 model,
                 lambda m: self.set_optimizer(
@@ -255,8 +258,8 @@ class Trainer:
             folder = str(choose_folder(args.output_dir, name, resume=args.resume, clean=args.clean))
         return Path(strategy.gather_objects(folder)[0])
 
-    def _make_model(self, args: Any, data: Any) -> nn.Module:
-        """``load_model``, refused where it could not take the sequence it will get.
+    def _make_model(self, args: Any, data: Any, strategy: Strategy) -> nn.Module:
+        """``load_model`` and the memory policy, refused where the network could not take its input.
 
         Raises:
             UserError: neurons in step mode 's' for a sequence [T, N, C, H, W], or another number of channels
@@ -278,6 +281,15 @@ class Trainer:
                 f"the data has {probe.shape[-3]} channels, but the network's first convolution takes "
                 f"{first.in_channels}: build one that fits in load_model"
             )
+        time_steps = [probe.shape[0]] if probe.ndim == 5 else []
+        data.notices += prepare_memory(
+            args,
+            model,
+            [*time_steps, args.batch_size, *probe.shape[-3:]],
+            strategy.sharding,
+            strategy.world_size,
+            self.device,
+        )
         return model.to(memory_format=torch.channels_last)
 
     def _start(

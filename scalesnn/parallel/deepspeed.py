@@ -80,6 +80,10 @@ class DeepSpeedStrategy(Strategy):
         return device
 
     @property
+    def sharding(self) -> str:
+        return f"zero{self.stage}"
+
+    @property
     def amp_dtype(self) -> torch.dtype | None:
         section = self.config.get("torch_autocast") or {}
         if not section.get("enabled"):

@@ -198,6 +198,11 @@ class Strategy(StrategyState, ABC):
         """Set ``self.model``, ``self.optimizer``, ``self.scheduler`` from ``self.module``."""
 
     @property
+    def sharding(self) -> str:
+        """What is split over ranks, as the memory planner names it: single, ddp, zero0 … zero3 or fsdp."""
+        return self.name
+
+    @property
     def amp_dtype(self) -> torch.dtype | None:
         """Type of mixed-precision computing: bfloat16 on a GPU unless --disable-amp, None on the CPU."""
         if self.device.type != "cuda" or getattr(self.args, "disable_amp", False):
