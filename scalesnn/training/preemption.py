@@ -112,8 +112,10 @@ class Preemption:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a data loader's process, which inherited the handler
             return
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step to end
+        if number == signal.SIGINT:
+            if self.signal == signal.SIGINT:
+                raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step to end
+            os.write(2, b"scalesnn: saving after this step; Ctrl-C again ends at once\n")
         self.signal = signal.Signals(number)
 
     def agreed(self, strategy: Agreement) -> bool:

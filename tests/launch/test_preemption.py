@@ -73,7 +73,7 @@ def scontrol(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_only_sets_a_flag(number):
     before = signal.getsignal(number)
     with Preemption(environ={}) as watch:
@@ -84,11 +84,27 @@ def test_a_signal_only_sets_a_flag(number):
     assert signal.getsignal(number) is before
 
 
+def test_a_second_ctrl_c_ends_at_once(capfd):
+    with Preemption(environ={}) as watch:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.requested
+        assert "Ctrl-C again" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_is_not_requeued(tmp_path, scontrol):
+    with Preemption(environ={"SLURM_JOB_ID": "7"}) as watch:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.finish(Alone(), tmp_path, 1) == 130
+    assert not (scontrol / "calls").exists()
+
+
 def test_the_ranks_stop_at_the_same_step_whichever_has_the_signal():
     ranks, stopped = Ranks(3), {}
 
     def train(number: int) -> None:
-        watch, strategy = Preemption(environ={}), ranks.rank(number)
+        watch, strategy = Preemption(environ={"WORLD_SIZE": "3"}), ranks.rank(number)
         for step in range(1, 1000):
             if number == 2 and step == 5:
                 watch.signal = signal.SIGTERM
@@ -107,16 +123,16 @@ def test_the_ranks_stop_at_the_same_step_whichever_has_the_signal():
 
 
 def test_fast_steps_do_not_pay_for_the_question_at_each_step():
-    strategy, watch = Alone(), Preemption(environ={})
+    strategy, watch = Alone(), Preemption(environ={"WORLD_SIZE": "2"})
     for _ in range(1000):
         watch.agreed(strategy)
     assert strategy.asked < 60
 
 
 def test_slow_steps_are_asked_about_each_time(monkeypatch):
-    strategy, watch, clock = Alone(), Preemption(environ={}), [0.0]
+    strategy, clock = Alone(), [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    watch = Preemption(environ={})
+    watch = Preemption(environ={"WORLD_SIZE": "2"})
     asked = []
     for _ in range(20):
         clock[0] += 30.0
