@@ -70,19 +70,19 @@ def launch_grid(name: str, arguments: dict[str, Any]) -> tuple[int, int]:
 
 def variant_of(name: str, dtype: torch.dtype, surrogate: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments of ``variant_source`` for a launch."""
-    variant = (
+    if name not in ("forward", "backward"):
+        return dtype, None, 1, 0, False, False, False, True
+    backward = name == "backward"
+    return (
         dtype,
-        surrogate,
-        min(STEPS, 1 << max(arguments["steps"] - 1, 0).bit_length()),
+        surrogate if backward else None,
+        min(STEPS, 1 << max(arguments["steps"] - 1, 0).bit_length()) if backward else 1,
         arguments["charge"],
         bool(arguments["hard_reset"]),
-        bool(arguments["detach_reset"]),
+        bool(arguments["detach_reset"]) and backward,
         arguments["decay"] is not None,
         arguments["mean"] is not None,
     )
-    if name != "backward":  # the others do not depend on what only the backward sweep knows
-        variant = (dtype, surrogate, 1, *variant[3:5], False, *variant[6:])
-    return variant
 
 
 def call(name: str, x: Tensor, surrogate: str, arguments: dict[str, Any]) -> None:

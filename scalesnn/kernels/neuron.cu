@@ -374,6 +374,7 @@ DEVICE void unpack_element(const Unit& u, i64 i) {
 #define MAKE_UNIT Unit u = {unused FIELDS(AS_VALUE)};
 #endif
 
+#ifndef SURROGATE
 // Whole warps walk the elements together, so that a warp's 32 neighbours make one word of bits.
 KERNEL(forward) {
     MAKE_UNIT
@@ -397,6 +398,8 @@ KERNEL(normalise_backward) {
                                         &slope_grad);
     }
 }
+
+#endif
 
 // Sums over a channel: a block takes `width` neighbouring channels (32 in channels_last, where they are neighbours in
 // memory; else 1) and every gridDim.y-th group of their positions; a thread keeps to one channel. The block's tree of
@@ -426,17 +429,7 @@ DEVICE void store_totals(const Unit& u, i64 c, int width, const double* total) {
     }
 }
 
-KERNEL(statistics) {
-    MAKE_UNIT
-    FOR_POSITIONS {
-        double sums[3][LANES];
-        statistics_tile<SCALAR, REAL>(u, ELEMENT_OF_POSITION, 1, sums);
-        for (int k = 0; k < 3; k++) total[k] += sums[k][0];
-    }
-    store_totals(u, c, width, total);
-}
-
-#ifdef SURROGATE
+#ifdef SURROGATE  // a module of its own: the surrogate and the unrolled steps concern the backward sweep alone
 KERNEL(backward) {
     MAKE_UNIT
     FOR_POSITIONS {
@@ -448,7 +441,16 @@ KERNEL(backward) {
     }
     store_totals(u, c, width, total);
 }
-#endif
+#else
+KERNEL(statistics) {
+    MAKE_UNIT
+    FOR_POSITIONS {
+        double sums[3][LANES];
+        statistics_tile<SCALAR, REAL>(u, ELEMENT_OF_POSITION, 1, sums);
+        for (int k = 0; k < 3; k++) total[k] += sums[k][0];
+    }
+    store_totals(u, c, width, total);
+}
 
 KERNEL(pack) {
     MAKE_UNIT
@@ -466,6 +468,7 @@ KERNEL(unpack) {
     for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < u.size; i += (i64)gridDim.x * THREADS)
         unpack_element<SCALAR, REAL>(u, i);
 }
+#endif
 
 #else
 // ------------------------------------------------------------------------------------------------ CPU drivers

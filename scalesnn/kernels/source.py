@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -18,8 +19,10 @@ MOST_PARAMETERS = 4  # p0 … p3 of the kernel's arguments
 
 @cache
 def source() -> str:
-    """The kernel source, neuron.cu."""
-    return (Path(__file__).parent / "neuron.cu").read_text(encoding="utf-8")
+    """The kernel source: neuron.cu, or the file that SCALESNN_KERNEL_SOURCE names (the mutation test
+    does)."""
+    path = os.environ.get("SCALESNN_KERNEL_SOURCE") or Path(__file__).parent / "neuron.cu"
+    return Path(path).read_text(encoding="utf-8")
 
 
 @cache
@@ -63,7 +66,7 @@ def surrogate_macros(key: str) -> str:
 
 def variant_source(
     dtype: torch.dtype,
-    surrogate: str,
+    surrogate: str | None,
     steps: int,
     charge: int,
     hard_reset: bool,
@@ -74,6 +77,7 @@ def variant_source(
     """The source of a GPU module in which everything that is known beforehand is a constant.
 
     Args:
+        surrogate: makes a module with the backward kernel; None one with all the others.
         steps: for how many time-steps the backward sweep is unrolled.
         others: as in the kernel source.
     """
@@ -90,4 +94,4 @@ def variant_source(
         "NORMALISED": int(normalised),
     }
     lines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
-    return lines + surrogate_macros(surrogate) + source()
+    return lines + (surrogate_macros(surrogate) if surrogate is not None else "") + source()
