@@ -5,6 +5,7 @@ Order, draws, bad images and resume are those of the DALI loader; only the pixel
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -130,6 +131,11 @@ class _Plan:
                 ]
 
 
+def _outlive_signals(worker: int) -> None:
+    """Leave signals to a whole job to the training: it saves first, and needs its loader for that."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+
+
 class TorchvisionLoader(Loader):
     """Loads images with Pillow in ``workers`` processes (0: in this one); arguments as ``Loader``."""
 
@@ -147,6 +153,7 @@ class TorchvisionLoader(Loader):
             prefetch_factor=settings.prefetch if settings.workers else None,
             persistent_workers=settings.workers > 0,
             collate_fn=_collate,
+            worker_init_fn=_outlive_signals,
             pin_memory=settings.pin_memory and settings.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the generator that the model's dropout uses
         )
