@@ -3,6 +3,7 @@ files, and the pods of the Kubernetes manifest as processes with the operator's 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -175,6 +176,22 @@ def test_torchrun_starts_a_killed_training_again(few_images, tmp_path):
     assert process.returncode == 0, out[-3000:]
     assert sorted(trace(metrics.parent)) == list(range(1, 37))  # 36 images, 4 a step, 4 epochs
     assert "resumed from" in out
+
+
+@everything
+def test_half_of_the_devices_take_as_many_steps_of_as_many_images(few_images, tmp_path):
+    """--global-batch: two ranks begin, one goes on with twice the accumulation."""
+    flags = training_flags(few_images, tmp_path / "runs", "--global-batch", "8", "--run-name", "half")
+    launch = [sys.executable, "-m", "scalesnn.cli", "launch"]
+    for words in (
+        ["--devices", "2", *flags, "--max-steps", "6"],
+        ["--devices", "1", *flags, "--resume", "latest"],
+    ):
+        subprocess.run([*launch, *words], env=environ(), check=True, timeout=240, cwd=tmp_path)
+    assert sorted(trace(tmp_path / "runs/half")) == list(range(1, 17))
+    lines = (tmp_path / "runs/half/metrics.jsonl").read_text().splitlines()
+    seen = [r["images_seen"] for r in map(json.loads, lines) if r["kind"] == "step"]
+    assert seen == [8 * step for step in range(1, 17)]
 
 
 def worker_of(launcher: int) -> int:
