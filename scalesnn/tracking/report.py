@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,9 @@ def _facts(run: RunData) -> list[tuple[str, Any]]:
     steps = max((step for series in run.series.values() for step in series["step"] if step), default=0)
     hours = max((h for series in run.series.values() for h in series["hours"] if h is not None), default=None)
     ema = run.best("ema_test:acc1")
-    memory, ratio, rate = (
-        run.last("memory/peak_bytes"),
-        run.last("energy/ann_over_snn"),
-        run.last("images_per_s"),
-    )
+    memory, ratio = run.last("memory/peak_bytes"), run.last("energy/ann_over_snn")
+    rates = run.values("images_per_s")
+    rate = statistics.median(rates) if rates else None
     energy, used = run.last("energy/snn_mj_per_image"), run.last("device_hours")
     network = ", ".join(str(run.setting(name)) for name in ("model",) if run.setting(name))
     return [

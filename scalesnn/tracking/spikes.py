@@ -20,10 +20,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scalesnn.neuron import BaseNode
 from scalesnn.tracking.energy import SynapseCounter
@@ -64,6 +66,7 @@ class SpikeMonitor:
         self._windows = {name: active_window(node) for name, node in self._nodes.items()}
         self._layers: dict[str, _Layer] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
         self._step: int | None = None
         self._fresh = True  # nothing measured yet in this process
         self._silent: dict[str, list[tuple[int, Tensor]]] = {}
@@ -98,6 +101,11 @@ class SpikeMonitor:
 
         for node in self._nodes.values():
             node.observer = observe
+        self._handles = [
+            parameter.register_hook(partial(self._take_gradient, name))
+            for name, parameter in self._weights.items()
+            if parameter.requires_grad and torch.is_grad_enabled()
+        ]
         try:
             with self._synapses.count():
                 yield
@@ -109,19 +117,24 @@ class SpikeMonitor:
         """Take the norms of the weights' gradients, if this step is measured: call it after the backward
         pass.
 
-        Sharded gradients (ZeRO-2 and -3, FSDP) are not in ``parameter.grad`` whole; those layers are left
-        out.
+        Where a strategy takes gradients away or shards them in the backward pass (ZeRO), it is the norm of
+        this rank's own gradient, before the reduction; where it hides them altogether (FSDP), there is none.
         """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         if self._step is None:
             return
         whole = {
             name: parameter.grad
             for name, parameter in self._weights.items()
-            if parameter.grad is not None and type(parameter.grad) is Tensor
+            if parameter.grad is not None and type(parameter.grad) is Tensor and parameter.grad.numel()
         }
+        reduced: dict[str, Tensor] = {}
         if whole:
             norms = torch._foreach_norm([gradient.detach() for gradient in whole.values()])
-            self._gradients = dict(zip(whole, norms, strict=True))
+            reduced = dict(zip(whole, norms, strict=True))
+        self._gradients = {**self._gradients, **reduced}
 
     @torch.no_grad()
     def read(self) -> dict[str, Any]:
@@ -190,6 +203,10 @@ class SpikeMonitor:
             [v.sum(), (v * v).sum(), (near * known).sum(), known.sum()]
         )  # the last chunk of a sequence stays
         layer.membrane_numel = v.numel()
+
+    def _take_gradient(self, name: str, gradient: Tensor) -> None:
+        if type(gradient) is Tensor:
+            self._gradients[name] = gradient.detach().norm()
 
     def _judge(self, name: str, bad_C: Tensor, past: list[tuple[int, Tensor]], what: str) -> None:
         """Warn if a large share of the channels was bad in each of the last measurements."""

@@ -169,6 +169,33 @@ def test_gradient_norms_equal_the_reference(measured) -> None:
         assert record[f"gradient_norm/{name}"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_gradients_that_a_strategy_takes_away_are_measured_on_their_way() -> None:
+    """As under ZeRO: when the backward pass is over, parameter.grad is gone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(layer.Conv2d(3, 4, 3), neuron.IFNode(v_threshold=0.1), layer.Conv2d(4, 2, 3))
+    functional.set_step_mode(model, "m")
+    expected = {}
+
+    def take_away(parameter: nn.Parameter) -> None:
+        expected[id(parameter)] = parameter.grad.norm().item()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(take_away)
+    monitor = SpikeMonitor(model, every=1)
+    with monitor.watch(1):
+        loss = model(torch.rand(T, N, 3, 8, 8)).square().sum()
+    loss.backward()
+    monitor.gradients()
+    record = monitor.read()
+    for name in ("0", "2"):
+        norm = expected[id(model.get_submodule(name).weight)]
+        assert record[f"gradient_norm/{name}"] == pytest.approx(norm, rel=1e-6)
+    functional.reset_net(model)
+    model(torch.rand(T, N, 3, 8, 8)).sum().backward()  # not watched: no hook is left
+    assert monitor.read() == {}
+
+
 @pytest.mark.parametrize("repeated", [False, True])
 def test_an_image_repeated_over_time_is_computed_once(repeated: bool) -> None:
     model = nn.Sequential(layer.Conv2d(3, 4, 3), neuron.IFNode())

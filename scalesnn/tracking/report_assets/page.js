@@ -101,7 +101,7 @@ function lineChart(body, metrics, options = {}) {
       if (!xs.some((x) => x !== null)) xs = series.step;
       const smooth = !metric.name.includes(":") && !options.exact && series.y.length > 20;
       lines.push({ run, colour: metric.colour || COLOURS[index % COLOURS.length], label: metric.label, xs, raw: series.y,
-        ys: smooth ? smoothed(series.y, state.smooth) : series.y, dash: metric.dash, dots: series.y.length < 40, smooth,
+        ys: smooth ? smoothed(series.y, state.smooth) : series.y, dash: metric.dash, dots: series.y.length < 16, smooth,
         width: metric.dash ? 1.6 : 2, scale: metric.scale || 1 });
     }));
     if (!lines.length) { body.append(html("p", { class: "muted" }, "not shown")); return; }
