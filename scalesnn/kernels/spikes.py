@@ -19,7 +19,6 @@ from scalesnn.kernels import ops
 __all__ = [
     "add",
     "bits_of",
-    "copy_marks",
     "is_spikes",
     "mark_affine",
     "mark_repeated",
@@ -120,18 +119,6 @@ def bits_of(tensor: Tensor) -> tuple[Tensor, int] | None:
     tensor.scalesnn_bits = bits  # type: ignore[attr-defined]
     tensor.scalesnn_planes = planes  # type: ignore[attr-defined]
     return bits, planes
-
-
-def copy_marks(source: Tensor, target: Tensor) -> Tensor:
-    """Give ``target``, which holds the same values in the same order, what is known about ``source`` as
-    spikes."""
-    source = marked(source)
-    largest = getattr(source, "scalesnn_largest", 0)
-    if largest:
-        _mark(target, largest=largest)
-        if getattr(source, "scalesnn_bits", None) is not None:
-            _mark(target, bits=source.scalesnn_bits, planes=getattr(source, "scalesnn_planes", 0))  # type: ignore[attr-defined]
-    return target
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
