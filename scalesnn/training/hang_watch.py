@@ -7,6 +7,7 @@ When no step ended for ``--hang-timeout`` seconds, each rank writes the stacks o
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -83,10 +84,10 @@ class HangWatch:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         path = Path(self._file.name)
-        if path.exists() and path.stat().st_size == 0:
-            path.unlink()
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
+        with contextlib.suppress(OSError):  # the folder is not empty, or another rank has removed it
+            if path.stat().st_size == 0:
+                path.unlink()
+            self.folder.rmdir()
         self._thread = None
 
     def tick(self) -> None:

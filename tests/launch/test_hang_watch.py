@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -68,6 +69,23 @@ def test_a_steady_training_is_left_alone_and_leaves_nothing(tmp_path):
             time.sleep(0.2)
             watch.tick()
     assert not (tmp_path / "hang").exists()
+
+
+def test_ranks_that_end_together_clean_up_together(tmp_path):
+    watches = [HangWatch(60.0, tmp_path, rank, 3) for rank in range(3)]
+    for watch in watches:
+        watch.__enter__()
+    assert len(list((tmp_path / "hang").iterdir())) == 3
+    shutil.rmtree(tmp_path / "hang")  # another rank was quicker between our looking and our removing
+    for watch in watches:
+        watch.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stack_of_another_rank_is_kept(tmp_path):
+    with HangWatch(60.0, tmp_path, 0, 2):
+        (tmp_path / "hang/rank_1.txt").write_text("a stack")
+    assert [path.name for path in (tmp_path / "hang").iterdir()] == ["rank_1.txt"]
 
 
 def test_zero_watches_nothing(tmp_path):
