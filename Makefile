@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format lock clean
+.PHONY: help install train test lint format lock clean gpu-check kernel-report mutants cluster-tests benchmarks
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -34,6 +34,23 @@ test: install lint ## lint, types and the whole test suite
 
 lint: install ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+gpu-check: ## on a machine with a GPU: everything that can only be checked there (offline, installs nothing)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
+
+kernel-report: install ## registers, spills and bytes moved of every kernel, into docs/kernels.md
+	$(BIN)/python tools/kernel_report.py
+
+mutants: install ## change the kernels' source in every place; the tests must notice (long)
+	$(BIN)/python tools/mutants.py
+
+cluster-tests: install ## every test on a real Slurm, with the long ones that `make test` leaves out
+	SCALESNN_CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster --timeout=1200
+
+benchmarks: install ## every claim of the docs, measured anew into benchmarks/results (about 30 minutes)
+	for claim in saved_bytes step_time peak_memory memory_peak data_throughput strategies tracking_overhead whole_run; do \
+	  $(BIN)/python benchmarks/$$claim.py || exit 1; \
+	done
 
 format: install ## let ruff put the code in order
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
