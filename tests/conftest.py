@@ -1,4 +1,4 @@
-"""What every test shares: one computing thread (runs are deterministic and two workers do not fight for two cores)."""
+"""What every test shares: one computing thread, so that runs are deterministic and workers do not fight."""
 
 import os
 

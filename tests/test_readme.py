@@ -35,7 +35,9 @@ def test_paths_and_links_lead_somewhere(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
-    for path in re.findall(r"(?<![\w./-])((?:configs|launch|docs|benchmarks|tests|scalesnn)/[\w./-]*\w)", text):
+    for path in re.findall(
+        r"(?<![\w./-])((?:configs|launch|docs|benchmarks|tests|scalesnn)/[\w./-]*\w)", text
+    ):
         found = (ROOT / path).exists() or list(ROOT.glob(path + "*"))
         assert found, f"{page.name} names {path}"
 
