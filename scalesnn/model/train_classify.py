@@ -308,7 +308,12 @@ class Trainer:
             ema = ModelEma(strategy, decay, args.model_ema_steps)
         notices = list(data.notices)
         checkpoints = CheckpointManager(
-            folder / "checkpoints", strategy, args.keep_checkpoints, ema=ema, notice=notices.append
+            folder / "checkpoints",
+            strategy,
+            args.keep_checkpoints,
+            ema=ema,
+            background=args.background_checkpoints,
+            notice=notices.append,
         )
         extra: dict[str, Any] = {}
         progress = Progress(epoch=args.start_epoch)
@@ -402,10 +407,12 @@ class Trainer:
         code = 0
         if run.interrupted:
             path = run.save()
+            run.checkpoints.wait()
             run.tracker.notice(
                 f"stopped by a signal at step {progress.step}; go on with --resume latest (or {path})"
             )
             code = run.preemption.finish(strategy, run.folder, progress.step, run.tracker.notice)
+        run.checkpoints.wait()
         run.tracker.close(self._summary())
         return code
 

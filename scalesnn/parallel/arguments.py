@@ -92,6 +92,7 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gradient-accumulation", default=1, type=int, metavar="N", help="batches per update of the weights"
     )
+    group.add_argument("--verbose", action="store_true", help="show DeepSpeed's own messages")
     group.add_argument(
         "--on-nan",
         default="stop",

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scalesnn.base import UserError
+from scalesnn.parallel.build_locks import clear_stale_locks
 from scalesnn.parallel.deepspeed_config import read_config, resolve_config
 from scalesnn.parallel.state import Shard, shard_of, write_values
 from scalesnn.parallel.strategy import MakeOptimizer, MakeScheduler, StepResult, Strategy, first_line
@@ -76,6 +77,9 @@ class DeepSpeedStrategy(Strategy):
             # DeepSpeed would compile a shared-memory collective here, for inference only: over a minute,
             # and a compiler needed, on every new machine. Its table of usable ops says whether to.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if self.topology.local_rank == 0:
+            clear_stale_locks()
+        self.barrier()
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
         return device
 

@@ -225,6 +225,9 @@ def add_run_arguments(parser: RecipeParser) -> None:
     group.add_argument(
         "--keep-checkpoints", default=2, type=int, metavar="N", help="newest kept, besides the best"
     )
+    group.add_argument(
+        "--background-checkpoints", action="store_true", help="write checkpoints while training goes on"
+    )
     group.add_argument("--test-only", action="store_true", help="only evaluate")
     group.add_argument("--disable-amp", action="store_true", help="no bf16 autocast on a GPU")
     group.add_argument(

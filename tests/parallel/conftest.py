@@ -112,8 +112,15 @@ def train_once(root: Path) -> dict[str, Any]:
     for name, flags in STRATEGIES.items():
         cell: dict[str, Any] = {"flags": flags}
         if name in RESUMED:
-            cell |= {"folder": folder(name), "save": [10]}
+            # zero3's in the background, while training goes on
+            cell |= {"folder": folder(name), "save": [10], "background": name == "zero3"}
         two[name] = cell
+    two["ddp static graph"] = {
+        "norm": "group",
+        "flags": {"ddp_static_graph": True, "gradient_accumulation": 2, "sync_bn": False},
+        "steps": 6,
+    }
+    two["ddp bf16 gradients"] = {"flags": {"ddp_bf16_gradients": True}, "steps": 6}
     for name in RESUMED:
         two[f"{name} accumulated"] = {
             "norm": "group",

@@ -69,6 +69,16 @@ def test_accumulated_batches_equal_one_large_batch(runs: dict[str, Any], name: s
     assert_same_trace(found["losses"], runs["ddp accumulated"]["losses"], 1e-5)
 
 
+def test_static_graph_changes_nothing(runs: dict[str, Any]) -> None:
+    assert runs["ddp static graph"]["losses"] == runs["ddp accumulated"]["losses"][:6]
+
+
+def test_bf16_gradients_are_rounded_but_close(runs: dict[str, Any]) -> None:
+    found, exact = runs["ddp bf16 gradients"]["losses"], runs["ddp"]["losses"][:6]
+    assert found[1:] != exact[1:]
+    assert found == pytest.approx(exact, rel=0.02)
+
+
 @pytest.mark.parametrize("name", SPLIT)
 def test_clipping_is_the_same_everywhere(runs: dict[str, Any], name: str) -> None:
     found, ddp = runs[f"{name} clipped"], runs["ddp clipped"]
