@@ -116,6 +116,7 @@ def call(name: str, dtype: torch.dtype, surrogate: str | None, values: list[int 
 
 def _build(code: str, path: Path) -> None:
     """Compile ``code`` to the shared library ``path``, which appears whole or not at all."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no GPU
     from torch.utils import cpp_extension
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder, _ninja_on_path():
