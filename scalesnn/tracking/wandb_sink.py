@@ -269,10 +269,14 @@ class WandbSink:
         path = Path(event["path"])
         name = re.sub(r"[^\w.-]", "-", f"{self._run_folder.name}-checkpoint")
         artifact = wandb.Artifact(name, type="model", metadata={"step": event.get("step")})
-        if path.is_dir():
-            artifact.add_dir(str(path))
-        else:
-            artifact.add_file(str(path))
+        try:
+            if path.is_dir():
+                artifact.add_dir(str(path))
+            else:
+                artifact.add_file(str(path))
+        except (OSError, ValueError) as error:  # a later checkpoint has replaced it by now
+            self._notify(f"W&B: {path.name} is no artifact ({_first_line(error)})")
+            return
         self._run.log_artifact(artifact, aliases=["latest", *(["best"] if event.get("best") else [])])
 
     def _finish(self, summary: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import wandb
 from scalesnn.tracking.wandb_log import read_history, read_records
 from scalesnn.tracking.wandb_sink import run_id_of, write_offline_run
 
@@ -18,11 +19,11 @@ A_RUN = Path(__file__).with_name("a_run.py")
 STEPS_PER_EPOCH = 4
 
 
-def train(run: Path, first: int, last: int, *, end: str = "finished", wandb: str = "offline") -> str:
+def train(run: Path, first: int, last: int, *more: str, end: str = "finished", wandb: str = "offline") -> str:
     """Steps first + 1 … last of a run in a process of its own; what it printed."""
     command = [sys.executable, str(A_RUN), str(run), "--wandb", wandb, "--end", end]
     done = subprocess.run(
-        [*command, "--first", str(first), "--last", str(last)],
+        [*command, "--first", str(first), "--last", str(last), *more],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -34,8 +35,8 @@ def train(run: Path, first: int, last: int, *, end: str = "finished", wandb: str
 
 
 def sync(path: Path) -> None:
-    wandb = Path(sys.executable).with_name("wandb")
-    subprocess.run([str(wandb), "sync", str(path)], check=True, timeout=60, stdin=subprocess.DEVNULL)
+    command = Path(sys.executable).with_name("wandb")
+    subprocess.run([str(command), "sync", str(path)], check=True, timeout=60, stdin=subprocess.DEVNULL)
 
 
 def check_whole(rows: list[dict], last: int) -> None:
@@ -125,6 +126,22 @@ def test_online_and_offline_processes_of_one_run_are_one_curve(tmp_path: Path, w
     assert [alert["title"] for alert in wandb_server.alerts] == ["NaN in the loss"]
 
 
+def test_checkpoints_become_artifacts_and_names_reach_the_run(tmp_path: Path) -> None:
+    names = ["--wandb-group", "g", "--wandb-tags", "a", "b", "--wandb-notes", "n", "--wandb-project", "p"]
+    printed = train(tmp_path / "run", 0, 4, "--wandb-log-model", *names)
+    assert printed.count("step_0 is no artifact") == 1
+    assert "switched off" not in printed
+    file = next((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    records = list(read_records(file))
+    run = next(r.run for r in records if r.WhichOneof("record_type") == "run")
+    assert (run.run_group, list(run.tags), run.notes, run.project) == ("g", ["a", "b"], "n", "p")
+    requests = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
+    assert [(a.type, a.name, sorted(a.aliases)) for a in requests] == [
+        ("model", "run-checkpoint", ["best", "latest"])
+    ]
+    check_whole(read_history(file), 4)
+
+
 def test_no_key_is_offline_without_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -200,6 +217,7 @@ def test_a_network_that_dies_in_the_middle_slows_no_step_and_loses_nothing(
     assert "scalesnn.tracking.wandb_sink" in printed  # the line that makes it uploadable: do as it says
     monkeypatch.delenv("WANDB_BASE_URL")
     folder = Path(write_offline_run(tmp_path).split()[-1])
+    wandb.teardown()  # as at a process's end: the file is on disk
     assert [row["step"] for row in read_history(next(folder.glob("*.wandb")))] == list(range(1, 401))
 
 
