@@ -7,7 +7,7 @@ import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scalesnn.parallel.strategy import MakeOptimizer, MakeScheduler, Strategy
@@ -25,6 +25,7 @@ class DDPStrategy(Strategy):
 
     name = "ddp"
     wrapped: DistributedDataParallel
+    _knows_graph = False
 
     def _prepare(self, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
         known = inspect.signature(DistributedDataParallel).parameters
@@ -45,12 +46,22 @@ class DDPStrategy(Strategy):
         self.optimizer = make_optimizer(self.module)
         self.scheduler = make_scheduler(self.optimizer)
 
+    def _reduction(self) -> AbstractContextManager[Any]:
+        """Reduce gradients only with the last micro-batch of a step (and, with a static graph, with the
+        very first, from which DDP learns the graph)."""
+        reduces = self.closes_step or (self.wrapped.static_graph and not self._knows_graph)
+        return contextlib.nullcontext() if reduces else self.wrapped.no_sync()
+
     def autocast(self) -> AbstractContextManager[Any]:
         stack = contextlib.ExitStack()
-        if not self.closes_step:
-            stack.enter_context(self.wrapped.no_sync())
+        stack.enter_context(self._reduction())
         stack.enter_context(super().autocast())
         return stack
+
+    def _backward(self, loss: Tensor) -> None:
+        with self._reduction():
+            super()._backward(loss)
+        self._knows_graph = True
 
     @property
     def evaluation_model(self) -> nn.Module:
