@@ -101,18 +101,21 @@ class DeepSpeedStrategy(Strategy):
 
         if super().amp_dtype is not None:
             self.config.setdefault("torch_autocast", {"enabled": True, "dtype": "bfloat16"})
+        own = self.config.get("optimizer")
+        if own and self.device.type == "cpu" and str(own.get("type")).lower() in ("adam", "adamw"):
+            # torch's: DeepSpeed would compile its own for minutes, which pays on a GPU or with offload only.
+            own.setdefault("params", {}).setdefault("torch_adam", True)
         client = make_optimizer(self.module)
         groups = [g for g in client.param_groups if g["params"]]
         self._groups = [[self._names[p] for p in group["params"]] for group in groups]
         self._shapes = {name: tuple(p.shape) for p, name in self._names.items()}
-        own_optimizer = "optimizer" in self.config
         parameters = [{"params": g["params"], "weight_decay": g.get("weight_decay", 0.0)} for g in groups]
         scalars = self._broadcast_scalars()
         try:
             self.engine, *_ = deepspeed.initialize(
                 model=self.module,
-                optimizer=None if own_optimizer else client,
-                model_parameters=parameters if own_optimizer else None,
+                optimizer=None if own else client,
+                model_parameters=parameters if own else None,
                 config=self.config,
                 dist_init_required=False,
             )

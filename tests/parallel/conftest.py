@@ -139,6 +139,23 @@ def train_once(root: Path) -> dict[str, Any]:
             "steps": 6,
         }
         two[f"{name} stop"] = {"flags": STRATEGIES[name], "poison": 2, "steps": 6}
+    own = json.loads((CONFIGS / "zero2.json").read_text())
+    own["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}
+    (root / "own.json").write_text(json.dumps(own))
+    two["zero2 own adamw"] = {
+        "flags": {"deepspeed_config": str(root / "own.json"), "lr": 0.01},
+        "steps": 6,
+    }
+    warmup = {"warmup_min_lr": 0.001, "warmup_max_lr": 0.02, "warmup_num_steps": 4}
+    own["scheduler"] = {"type": "WarmupLR", "params": warmup}
+    (root / "scheduled.json").write_text(json.dumps(own))
+    scheduled = {"flags": {"deepspeed_config": str(root / "scheduled.json")}, "steps": 6}
+    two["zero2 scheduled"] = {**scheduled, "folder": folder("scheduled"), "save": [2]}
+    two["zero2 scheduled again"] = {
+        **scheduled,
+        "resume": folder("scheduled/step_00000002"),
+        "folder": folder("scheduled again"),
+    }
     for source, target in permutations(RESUMED, 2):
         two[f"{source} → {target}"] = {
             "flags": STRATEGIES[target],

@@ -95,6 +95,19 @@ def test_adamw_is_the_same_everywhere(runs: dict[str, Any], name: str) -> None:
     assert_same_weights(found["weights"], ddp["weights"], 1e-6)
 
 
+def test_optimizer_of_the_json_trains_as_the_same_one_of_the_trainer(runs: dict[str, Any]) -> None:
+    found, ddp = runs["zero2 own adamw"], runs["ddp adamw"]
+    assert_same_trace(found["losses"], ddp["losses"], 1e-6)
+    assert_same_weights(found["weights"], ddp["weights"], 1e-5)
+
+
+def test_schedule_of_the_json_moves_on_at_every_step_and_is_resumed(runs: dict[str, Any]) -> None:
+    found, again = runs["zero2 scheduled"], runs["zero2 scheduled again"]
+    assert found["lr"] == again["lr"] == pytest.approx(0.02)
+    assert_same_trace(again["losses"], found["losses"][2:], 1e-6)
+    assert found["losses"] != runs["zero2 own adamw"]["losses"]
+
+
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "fsdp"])
 def test_optimizer_state_is_split(runs: dict[str, Any], name: str) -> None:
     whole = runs["ddp"]["optimizer_numel"]
