@@ -171,7 +171,7 @@ def _compare(
     if not bool(same.all()):
         ours[1:3] = [ours[1] * same, ours[2] * same]
         theirs[1:3] = [theirs[1] * same, theirs[2] * same]
-    pairs = list(zip(ours, theirs, strict=True))[1:]
+    pairs = [(a.detach(), b.detach()) for a, b in zip(ours[1:], theirs[1:], strict=True)]
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs)
 
 

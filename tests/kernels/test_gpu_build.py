@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,14 @@ def test_no_kernel_spills(variant: tuple, tmp_path: Path) -> None:
         )
     assert len(found) == 6
     assert all(sizes == ("0", "0", "0") for sizes in found)
+
+
+def test_gpu_check_says_that_there_is_no_gpu() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 3
+    assert "there is no GPU" in run.stdout
+    assert not run.stderr.count("Traceback")
