@@ -39,7 +39,7 @@ def run(net: nn.Module, plain: Callable[..., Any], policy: Policy, x_seq: Tensor
     if not policy.chunk_norm and takes_batch_statistics(net):
         from scalesnn.memory.streaming import stream
 
-        return stream(net, policy, x_seq)
+        return stream(plain, policy, x_seq)
     outputs = []
     for x in x_seq.split(policy.steps):
         if policy.layer:

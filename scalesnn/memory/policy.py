@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from scalesnn.base import UserError
-from scalesnn.memory import blocks, rematerialise
+from scalesnn.memory import blocks, rematerialise, streaming
 
 __all__ = ["Policy", "apply_policy", "policy_of"]
 
@@ -145,6 +145,7 @@ def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
         raise UserError("activation-checkpoint auto needs to know the input: call scalesnn.memory.prepare")
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
     blocks.remove(model)
+    streaming.remove(model)
     if isinstance(model, _Governed):
         model.__class__ = type(model).__mro__[2]
         del model._memory_policy
@@ -155,6 +156,8 @@ def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
     setattr(model, "_memory_policy", policy)  # noqa: B010 (mypy cannot know the new class)
     if policy.block:
         blocks.install(model)
+    if policy.steps and not policy.chunk_norm:
+        streaming.install(model)
     return model
 
 

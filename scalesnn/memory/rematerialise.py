@@ -44,6 +44,12 @@ class KeptSpikes:
         self.largest = spikes.is_spikes(tensor)
         self.shape, self.stride, self.dtype = tuple(tensor.shape), tensor.stride(), tensor.dtype
 
+    def steps(self, a: int, b: int) -> Tensor:
+        """Steps ``a`` to ``b``, dense."""
+        if self.planes:  # sums of spikes are packed as one
+            return self()[a:b]
+        return ops.unpack(self.bits[a:b], 0, (b - a, *self.shape[1:]), self.stride, self.dtype)
+
     def __call__(self) -> Tensor:
         """The tensor, with its marks."""
         out = ops.unpack(self.bits, self.planes, self.shape, self.stride, self.dtype)

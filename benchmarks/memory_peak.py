@@ -1,0 +1,136 @@
+"""Peak resident memory above the loaded model and CPU time of one fp32 training step on the CPU: spiking_resnet18
+of scalesnn under several policies, and SpikingJelly 2.0.0's, plain and with its memopt.
+
+    python benchmarks/memory_peak.py --T 16 --batch-size 2 --size 128
+
+Every measurement is a process of its own; rounds go round all contenders, and the least counts. Writes
+benchmarks/results/memory_peak_T16.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import torch
+from common import machine, make_ours, make_spikingjelly, save, static_images, training_step
+from peak_memory import resident
+
+__all__ = ["main", "measure"]
+
+
+def contender(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
+    """The net and its reset function."""
+    if name.startswith("spikingjelly"):
+        from spikingjelly.activation_based import functional as peer
+
+        model = make_spikingjelly(args.net)
+        if name.endswith("memopt"):
+            from spikingjelly.activation_based import memopt
+            from spikingjelly.activation_based.model.spiking_resnet import BasicBlock
+
+            x, _ = static_images(args.T, args.batch_size, args.size)
+            model = memopt.memory_optimization(model, BasicBlock, dummy_input=(x,), compress_x=True, level=1)
+        return model, peer.reset_net
+    from scalesnn import functional
+    from scalesnn.memory import apply_policy
+
+    model = make_ours(args.net).to(memory_format=torch.channels_last)
+    return apply_policy(model, name), functional.reset_net
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Peak bytes above the model and CPU seconds of a training step; the first, small, warms up."""
+    model, reset = contender(name, args)
+    ours = not name.startswith("spikingjelly")
+    warm_x, warm_y = static_images(4, 1, 32, channels_last=ours)
+    training_step(model, warm_x, warm_y, reset)
+    model.zero_grad(set_to_none=True)
+    x, y = static_images(args.T, args.batch_size, args.size, channels_last=ours)
+    loaded = peak = resident()
+    running = True
+
+    def watch() -> None:
+        nonlocal peak
+        while running:
+            peak = max(peak, resident())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    training_step(model, x, y, reset)
+    running = False
+    thread.join()
+    seconds = []
+    for _ in range(args.timed):
+        start = time.process_time()
+        training_step(model, x, y, reset)
+        seconds.append(time.process_time() - start)
+    return {"peak": peak - loaded, "seconds": min(seconds, default=0.0)}
+
+
+def main() -> None:
+    """Measure all, and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--net", default="spiking_resnet18")
+    parser.add_argument("--T", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--timed", type=int, default=2, help="timed steps a process")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        default=[
+            "spikingjelly",
+            "spikingjelly memopt",
+            "none",
+            "layer",
+            "block",
+            "time:4",
+            "layer+time:4",
+        ],
+    )
+    parser.add_argument("--only", help="measure one in this process")
+    parser.add_argument("--name", help="of the results file")
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(measure(args.only, args)))
+        return
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.contenders}
+    for _ in range(args.rounds):
+        for name, values in results.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                print(f"{name}: failed: {done.stderr.strip().splitlines()[-1:]}")
+                continue
+            values.append(json.loads(done.stdout.splitlines()[-1]))
+    record: dict[str, Any] = {"machine": machine(), "arguments": vars(args), "contenders": {}}
+    best = {
+        name: {key: min(v[key] for v in values) for key in ("peak", "seconds")}
+        for name, values in results.items()
+        if values
+    }
+    plain = best.get("spikingjelly")
+    for name, value in best.items():
+        row: dict[str, Any] = {**value, "rounds": results[name]}
+        text = f"{name:22} {value['peak'] / 2**20:7.0f} MiB {value['seconds']:7.2f} s"
+        if plain:
+            row["peak_ratio"] = value["peak"] / plain["peak"]
+            row["time_ratio"] = value["seconds"] / max(plain["seconds"], 1e-9)
+            text += f"   {row['peak_ratio']:.2f} × the memory, {row['time_ratio']:.2f} × the time"
+        record["contenders"][name] = row
+        print(text + (" of SpikingJelly's" if plain else ""))
+    save(args.name or f"memory_peak_T{args.T}", record)
+
+
+if __name__ == "__main__":
+    main()

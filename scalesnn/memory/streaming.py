@@ -1,0 +1,213 @@
+"""Policy ``time:K`` with BatchNorm over the whole sequence: layer after layer, each in chunks of K steps.
+
+A convolution makes no output but a ``Lazy`` one. BatchNorm reads it chunk by chunk for the statistics, the
+unit once more for the spikes, which stay as bits; backward makes the chunks again, last to first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from scalesnn import layer
+from scalesnn.kernels import ops, spikes
+from scalesnn.memory.lazy import Lazy, chunk_of, spans, strides_of_sequence
+from scalesnn.memory.rematerialise import KeptSpikes, ambient
+
+if TYPE_CHECKING:
+    from scalesnn.memory.policy import Policy
+
+__all__ = ["install", "remove", "stream"]
+
+Options = tuple[int, bool, bool]  # steps, detach, keep the potentials at chunk borders
+_active: list[Options] = []
+
+
+def install(net: nn.Module) -> None:
+    """Have the net's convolutions and max-pools take part."""
+    for module in net.modules():
+        for kind, mixin in ((layer.Conv2d, _StreamedConv), (layer.MaxPool2d, _StreamedPool)):
+            if isinstance(module, kind):
+                own = type(module)
+                module.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+
+
+def remove(net: nn.Module) -> None:
+    """Undo ``install``."""
+    for module in net.modules():
+        if isinstance(module, _StreamedConv | _StreamedPool):
+            module.__class__ = type(module).__mro__[2]
+
+
+def stream(plain: Any, policy: Policy, x_seq: Tensor) -> Any:
+    """The net's forward, in chunks inside of its layers."""
+    _active.append((policy.steps, policy.detach, not policy.layer))
+    try:
+        out = plain(x_seq)
+    finally:
+        _active.pop()
+    return out.whole() if isinstance(out, Lazy) else out
+
+
+class _Source:
+    """The input of a layer, kept as bits where it is spikes, by chunks."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kept: Tensor | KeptSpikes
+        if isinstance(x, Lazy):
+            self.kept = x.same()
+        elif spikes.is_spikes(x):
+            self.kept = KeptSpikes(x)
+        else:
+            self.kept = x.detach()
+
+    def __call__(self, a: int, b: int) -> Tensor:
+        if isinstance(self.kept, KeptSpikes):
+            part = self.kept.steps(a, b)
+        else:
+            part = chunk_of(self.kept, a, b)  # type: ignore[assignment]
+        return part
+
+
+class _StreamedConv:
+    """Mixin put before a convolution's class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A Lazy output where the policy is at work; else torch's."""
+        plain = super().forward  # type: ignore[misc]
+        if not _active or not torch.is_grad_enabled() or x.dim() != 5 or x.shape[0] == 1:
+            return plain(x)
+        if not isinstance(x, Lazy) and x.stride(0) == 0:  # one image repeated: convolved once
+            y = plain(x)
+            once = getattr(spikes.marked(y), "scalesnn_once", None)
+            return y if once is None else spikes.mark_repeated(y, _AsLazy.apply(once, _active[-1]))
+        assert isinstance(self, layer.Conv2d)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return plain(x.whole() if isinstance(x, Lazy) else x)
+        return _Convolution.apply(x, self.weight, self.bias, self, _active[-1])
+
+
+class _AsLazy(torch.autograd.Function):
+    """A dense tensor in the guise of a Lazy one, so that what is made of it is chunked."""
+
+    @staticmethod
+    def forward(ctx: Any, once: Tensor, options: Options) -> Tensor:
+        kept = once.detach().unsqueeze(0)
+        return Lazy(tuple(once.shape), once.stride(), once.dtype, once.device, lambda a, b: kept, options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution whose output is Lazy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: layer.Conv2d, options: Options
+    ) -> Tensor:
+        device = x.device.type
+        context, source = ambient(device), _Source(x)
+        ctx.save_for_backward(weight)
+        ctx.source, ctx.total, ctx.steps = source, x.shape[0], options[0]
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.x_dtype = x.dtype
+        ctx.geometry = (module.stride, module.padding, module.dilation, False, [0, 0], module.groups)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+
+        def make(a: int, b: int) -> Tensor:
+            with torch.no_grad(), context():
+                return module(source(a, b))  # through the module's own call: ZeRO-3 gathers its weight there
+
+        with torch.no_grad():
+            probe = make(0, 1)
+        shape = (x.shape[0], *probe.shape[1:])
+        return Lazy(shape, strides_of_sequence(probe), probe.dtype, probe.device, make, options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (weight,) = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_x: Tensor | None = None
+        sums: list[Tensor | None] = [None, None]
+        cast = weight.to(ctx.dtype)
+        for a, b in spans(ctx.total, ctx.steps):
+            part, of_grad = ctx.source(a, b), chunk_of(grad, a, b)
+            assert of_grad is not None
+            of_x, *of_parameters = torch.ops.aten.convolution_backward(
+                of_grad.flatten(0, 1).to(ctx.dtype),
+                part.flatten(0, 1).to(ctx.dtype),
+                cast,
+                ctx.bias_sizes,
+                *ctx.geometry,
+                [need_x, need_weight, need_bias],
+            )
+            for i, value in enumerate(of_parameters):
+                if value is not None:
+                    value, old = value.to(weight.dtype), sums[i]
+                    sums[i] = value if old is None else old.add_(value)
+            if need_x:
+                of_x = of_x.unflatten(0, part.shape[:2])
+                if grad_x is None:
+                    shape, stride = (ctx.total, *of_x.shape[1:]), strides_of_sequence(of_x)
+                    grad_x = torch.empty_strided(shape, stride, dtype=ctx.x_dtype, device=of_x.device)
+                grad_x[a:b] = of_x
+        return grad_x, *sums, None, None
+
+
+class _StreamedPool:
+    """Mixin put before a max-pool's class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled spikes as bits where the policy is at work; else torch's."""
+        plain = super().forward  # type: ignore[misc]
+        assert isinstance(self, layer.MaxPool2d)
+        if not _active or not isinstance(x, Lazy) or spikes.is_spikes(x) != 1 or self.return_indices:
+            return plain(x)
+        y = _Pool.apply(x, self, _active[-1])
+        return spikes.mark_spikes(y, 1, y.rows)
+
+
+class _Pool(torch.autograd.Function):
+    """A max-pool of spikes, whose gradient is Lazy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Lazy, pool: layer.MaxPool2d, options: Options) -> Tensor:
+        sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        ctx.geometry = (*([s, s] if isinstance(s, int) else list(s) for s in sizes), pool.ceil_mode)
+        ctx.x, ctx.options = x.same(), options
+        packed, like = [], None
+        for a, b in spans(x.shape[0], options[0]):
+            images = x.make(a, b)
+            like, _ = torch.ops.aten.max_pool2d_with_indices(images.flatten(0, 1), *ctx.geometry)
+            like = like.unflatten(0, images.shape[:2])
+            packed += [ops.pack(step, 1) for step in like]
+        assert like is not None
+        rows, step_shape, stride, dtype = torch.cat(packed), tuple(like.shape[1:]), like.stride(), like.dtype
+
+        def make(a: int, b: int) -> Tensor:
+            return ops.unpack(rows[a:b], 0, (b - a, *step_shape), stride, dtype)
+
+        shape = (x.shape[0], *step_shape)
+        out = Lazy(shape, strides_of_sequence(like), dtype, x.device, make, options)
+        out.rows = rows
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, geometry = ctx.x, ctx.geometry
+
+        def make(a: int, b: int) -> Tensor:
+            images, of_grad = x.make(a, b), chunk_of(grad, a, b)
+            assert of_grad is not None
+            flat = images.flatten(0, 1)
+            _, indices = torch.ops.aten.max_pool2d_with_indices(flat, *geometry)
+            of_x = torch.ops.aten.max_pool2d_with_indices_backward(
+                of_grad.flatten(0, 1), flat, *geometry, indices
+            )
+            return of_x.unflatten(0, images.shape[:2])
+
+        return Lazy(tuple(x.shape), x.stride(), x.dtype, x.device, make, ctx.options), None, None

@@ -1,0 +1,236 @@
+"""One training step of the real net under FakeTensorMode: what it allocates, when, and how much it computes.
+
+Nothing is allocated or computed: tensors know their sizes only, and every allocation and release is counted
+as autograd and the policy make them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scalesnn import functional
+from scalesnn.memory.lazy import Lazy, handle
+from scalesnn.memory.policy import Policy, apply_policy
+
+__all__ = ["Device", "Trace", "fake_copy", "trace"]
+
+CONVOLUTIONS = ("aten::convolution", "aten::conv2d", "scalesnn::spike_conv2d")
+
+
+@dataclass(frozen=True)
+class Device:
+    """How fast a kind of device is, for relative step times: operations and bytes a second that training
+    reaches. ``rounding``: its allocator hands out multiples of this."""
+
+    flops: float
+    bandwidth: float
+    rounding: int
+
+
+CPU = Device(5e10, 8e9, 64)
+GPU = Device(2e14, 2e12, 512)
+
+
+@dataclass
+class Trace:
+    """What one training step does.
+
+    Attributes:
+        events: (activation bytes, gradient bytes) alive after every change that made a new maximum possible.
+        saved: bytes alive at the end of the forward pass, the net's own tensors and input apart.
+        flops, traffic: operations of convolutions, bytes written and read by everything.
+        convolutions: name of a convolution → (bytes of its output, operations of its forward).
+    """
+
+    events: list[tuple[int, int]] = field(default_factory=list)
+    saved: int = 0
+    flops: float = 0.0
+    traffic: float = 0.0
+    convolutions: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def peak(self, gradient_share: float = 1.0) -> int:
+        """Most bytes of activations and gradients at a time, where a device keeps that share of gradients."""
+        return max((int(a + gradient_share * g) for a, g in self.events), default=0)
+
+    @property
+    def activations(self) -> int:
+        """Most bytes of activations at a time."""
+        return max((a for a, _ in self.events), default=0)
+
+    def seconds(self, device: Device) -> float:
+        """An estimate that is good for ratios only."""
+        return self.flops / device.flops + self.traffic / device.bandwidth
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts storages as they come and go."""
+
+    def __init__(self, trace: Trace, rounding: int, own: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.trace, self.rounding = trace, rounding
+        self.activations = self.gradients = 0
+        self._known: dict[int, Any] = {}
+        self._kinds: dict[int, str] = {}
+        for tensor in own:
+            self._see(tensor, "own")
+
+    def _see(self, tensor: Tensor, kind: str = "activation") -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = -(-storage.nbytes() // self.rounding) * self.rounding
+        self._kinds[key] = kind
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        if kind == "activation":
+            self.activations += size
+            self._record()
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.pop(key, None)
+        kind = self._kinds.pop(key, "own")
+        if kind == "activation":
+            self.activations -= size
+        elif kind == "gradient":
+            self.gradients -= size
+
+    def _record(self) -> None:
+        now, events = (self.activations, self.gradients), self.trace.events
+        while events and events[-1][0] <= now[0] and events[-1][1] <= now[1]:
+            events.pop()
+        events.append(now)
+
+    def is_gradient(self, parameter: Tensor) -> None:
+        """Count the gradient of a parameter as such from now on."""
+        if parameter.grad is None:
+            return
+        storage = parameter.grad.untyped_storage()
+        if self._kinds.get(storage._cdata) == "activation":
+            size = -(-storage.nbytes() // self.rounding) * self.rounding
+            self._kinds[storage._cdata] = "gradient"
+            self.activations -= size
+            self.gradients += size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(isinstance(a, Lazy) for a in args):
+            with self:  # what it does chunk by chunk is counted, too
+                return handle(func, args, kwargs or {})
+        out = func(*args, **(kwargs or {}))
+        results = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        for tensor in results:
+            if type(tensor).__name__ == "FakeTensor":
+                self._see(tensor)
+        name = func._schema.name
+        if func.is_view or name in ("aten::detach", "aten::empty", "aten::empty_strided"):
+            return out
+        inputs = [a for a in args if isinstance(a, Tensor)]
+        self.trace.traffic += sum(_size(t) for t in (*results, *inputs))
+        if name in CONVOLUTIONS:
+            weight = args[3] if name == CONVOLUTIONS[2] else args[1]
+            self.trace.flops += _flops(results[0], weight)
+        elif name == "aten::convolution_backward":
+            wanted = sum(bool(w) for w in args[10][:2])
+            self.trace.flops += wanted * _flops(args[0], args[2])
+        return out
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes that a kernel touches: of an expanded view only what there is."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _flops(output: Tensor, weight: Tensor) -> float:
+    return 2.0 * output.numel() * math.prod(weight.shape[1:])
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of the net whose tensors have sizes only."""
+    with FakeCopyMode(mode):
+        return copy.deepcopy(model)
+
+
+def trace(
+    model: nn.Module,
+    sample_shape: Sequence[int],
+    policy: Policy,
+    *,
+    mode: FakeTensorMode,
+    amp_dtype: torch.dtype | None = None,
+    rounding: int = 64,
+    static: bool = True,
+) -> Trace:
+    """Count one training step: forward, cross entropy of the mean over T, backward.
+
+    Args:
+        model: a net of fake tensors of ``mode`` (made under it, or by ``fake_copy``); it is left without a
+            policy.
+        sample_shape: [T, N, C, H, W], or [N, C, H, W].
+        amp_dtype: of autocast; None: without.
+        static: the input is one image repeated over T.
+    """
+    found = Trace()
+    with mode:
+        apply_policy(model, policy)
+        model.train()
+        shape = tuple(sample_shape)
+        if len(shape) == 5 and static:
+            x = torch.empty(shape[1:]).contiguous(memory_format=torch.channels_last).expand(shape)
+        else:
+            x = torch.empty(shape)
+        target = torch.zeros(shape[-4], dtype=torch.long)
+        ledger = _Ledger(found, rounding, [*model.parameters(), *model.buffers(), x, target])
+        handles: list[Any] = []
+        for parameter in model.parameters():
+            parameter.grad = None
+            handles.append(parameter.register_post_accumulate_grad_hook(ledger.is_gradient))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                handles.append(module.register_forward_hook(_measure_convolution(found, name)))
+        context: AbstractContextManager[Any] = nullcontext()
+        if amp_dtype is not None:
+            context = torch.autocast("cpu", amp_dtype)
+        try:
+            with ledger:
+                with context:
+                    loss = _loss(model, x, target)
+                found.saved = ledger.activations
+                loss.backward()
+                del loss
+        finally:
+            for handle in handles:
+                handle.remove()
+            functional.reset_net(model)
+            for parameter in model.parameters():
+                parameter.grad = None
+            apply_policy(model, Policy())
+    return found
+
+
+def _loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    y = model(x)
+    return nn.functional.cross_entropy((y.mean(0) if y.dim() == 3 else y).float(), target)
+
+
+def _measure_convolution(found: Trace, name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if (
+            isinstance(output, Tensor)
+            and isinstance(module.weight, Tensor)
+            and name not in found.convolutions
+        ):
+            found.convolutions[name] = (_size(output), _flops(output, module.weight))
+
+    return hook
