@@ -17,6 +17,7 @@ def command_adders() -> Iterator[Callable[[Any], None]]:
     from scalesnn.data.commands import add_data_command
     from scalesnn.doctor import add_doctor_command
     from scalesnn.launch_command import add_launch_command
+    from scalesnn.memory.plan_command import add_plan_command
     from scalesnn.tracking.report import add_report_command
     from scalesnn.training.export import add_export_command
 
@@ -24,6 +25,7 @@ def command_adders() -> Iterator[Callable[[Any], None]]:
     yield add_doctor_command
     yield add_export_command
     yield add_launch_command
+    yield add_plan_command
     yield add_report_command
 
 
