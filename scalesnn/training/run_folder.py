@@ -55,6 +55,8 @@ def choose_folder(output_dir: str, name: str, *, resume: str | None, clean: bool
             return found[0].parent
     if not taken:
         return parent / name
+    if not (taken[-1] / "config.yaml").exists():  # a run that was refused before it began
+        return taken[-1]
     return parent / f"{name}-{number_of(taken[-1], name) + 1}"
 
 

@@ -20,11 +20,18 @@ def test_a_taken_name_gets_a_number(tmp_path):
         chosen = choose(tmp_path)
         assert chosen.name == expected
         chosen.mkdir()
+        (chosen / "config.yaml").touch()
+
+
+def test_a_run_that_was_refused_leaves_its_name_to_the_next(tmp_path):
+    (tmp_path / "net" / "logs").mkdir(parents=True)
+    assert choose(tmp_path).name == "net"
 
 
 def test_numbers_are_counted_not_spelt(tmp_path):
     for name in ("net", "net-9", "net-10", "network-77"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
     assert choose(tmp_path).name == "net-11"
     assert choose(tmp_path, resume="latest").name == "net-10"
 
