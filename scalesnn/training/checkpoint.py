@@ -13,6 +13,7 @@ so::
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 import threading
@@ -156,6 +157,7 @@ class CheckpointManager:
             "world_size": self.strategy.world_size,
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         }
+        plain = copy.deepcopy(plain)  # of this moment, though it may be written a little later
         name = f"step_{progress.step:08d}"
         target = self.folder / name
         error = self._make_room(name) if self.strategy.is_main else None

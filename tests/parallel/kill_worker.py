@@ -132,7 +132,7 @@ def main(target: str, kills: str, seed: str) -> None:
             _, status = os.waitpid(child, 0)
             print(json.dumps({"kills": count, "amid_writing": amid_writing, "status": status}))
             return
-        wait_for_lines(child, log, lines(log) + draw.randint(1, 9))
+        wait_for_lines(child, log, lines(log) + draw.randint(4, 16))
         deadline = time.monotonic() + 2
         while count % 2 == 0 and not is_writing(folder, born) and time.monotonic() < deadline:
             time.sleep(0.0005)
