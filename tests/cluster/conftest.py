@@ -23,8 +23,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     # Sockets' paths are short, so not below pytest's folder.
     folder = Path(subprocess.check_output(["mktemp", "-d", "-t", "slurm.XXXXXX"], text=True).strip())
     bed = Slurm(folder, free_ports(3))
-    done = bed.run(str(TESTBED), "start", str(folder))
     try:
+        done = bed.run(str(TESTBED), "start", str(folder))
         assert done.returncode == 0, done.stderr
         yield bed
     finally:

@@ -6,6 +6,7 @@
 #
 # It needs root and Debian's packages slurm-wlm and munge, and touches nothing outside FOLDER: own key, own
 # sockets, own ports (PORT, default 17000, and the three after it). GPUS=2 gives each node two pretended GPUs.
+# OWNER=PID ends it all when that process has ended, however it ended.
 # Nodes are called n1 and n2; Slurm knows their address (127.0.0.1), the machine's name service does not.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
@@ -81,6 +82,9 @@ start() {
     echo "export SLURM_CONF=$SLURM_CONF" >"$folder/env"
     for _ in {1..100}; do
         if [[ $(timeout 5 sinfo -h -N -o %T 2>/dev/null | sort -u) == idle ]]; then
+            if [[ -n ${OWNER:-} ]]; then
+                watch_owner "$folder" </dev/null >/dev/null 2>&1 &
+            fi
             return 0
         fi
         sleep 0.2
@@ -93,6 +97,15 @@ start() {
 # A process that has ended may stay as a zombie where nobody waits for it: that counts as ended.
 alive() {
     [[ -r /proc/$1/stat ]] && ! grep -q '^State:.Z' "/proc/$1/status"
+}
+
+watch_owner() {
+    while alive "$OWNER"; do
+        [[ -e $1/slurm.conf ]] || exit 0
+        sleep 2
+    done
+    stop "$1"
+    rm -rf "$1"
 }
 
 stop() {

@@ -60,6 +60,7 @@ class Slurm:
         self.environ = {
             **environ,
             "PORT": str(port),
+            "OWNER": str(os.getpid()),  # the daemons end with this process, also if it is killed
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{Path(sys.executable).parent}:{environ['PATH']}",
             "PYTHONPATH": str(ROOT),
