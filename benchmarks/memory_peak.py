@@ -1,5 +1,5 @@
-"""Peak resident memory above the loaded model and CPU time of one fp32 training step on the CPU: spiking_resnet18
-of scalesnn under several policies, and SpikingJelly 2.0.0's, plain and with its memopt.
+"""Peak resident memory above the loaded model and CPU time of one fp32 training step on the CPU:
+spiking_resnet18 of scalesnn under several policies, and SpikingJelly 2.0.0's, plain and with its memopt.
 
     python benchmarks/memory_peak.py --T 16 --batch-size 2 --size 128
 
@@ -35,7 +35,8 @@ def contender(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
             from spikingjelly.activation_based.model.spiking_resnet import BasicBlock
 
             x, _ = static_images(args.T, args.batch_size, args.size)
-            model = memopt.memory_optimization(model, BasicBlock, dummy_input=(x,), compress_x=True, level=1)
+            model = memopt.optimize_memory(model, BasicBlock, lambda net: net(x), level=1)
+            peer.reset_net(model)
         return model, peer.reset_net
     from scalesnn import functional
     from scalesnn.memory import apply_policy
@@ -113,6 +114,7 @@ def main() -> None:
                 print(f"{name}: failed: {done.stderr.strip().splitlines()[-1:]}")
                 continue
             values.append(json.loads(done.stdout.splitlines()[-1]))
+            print(name, values[-1], flush=True)
     record: dict[str, Any] = {"machine": machine(), "arguments": vars(args), "contenders": {}}
     best = {
         name: {key: min(v[key] for v in values) for key in ("peak", "seconds")}

@@ -1,0 +1,72 @@
+"""The planner's peak against the measured one: resident memory of a training step on the CPU, above the model.
+
+    python benchmarks/memory_plan.py
+
+Each configuration is measured in a process of its own, in which freed blocks go back to the system at once
+(MALLOC_MMAP_THRESHOLD_), so that resident memory is what is alive. Writes benchmarks/results/memory_plan.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from common import machine, make_ours, save
+
+__all__ = ["CONFIGURATIONS", "main"]
+
+CONFIGURATIONS = [
+    (net, T, policy)
+    for net, times in (("spiking_resnet18", (8, 16, 32)), ("spiking_resnet34", (16,)))
+    for T in times
+    for policy in ("none", "layer", "layer+time:4")
+]
+
+
+def predicted(net: str, T: int, N: int, size: int, policy: str) -> int:
+    """Bytes of activations and gradients at the worst moment."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from scalesnn.memory import Policy
+    from scalesnn.memory.trace import trace
+
+    mode = FakeTensorMode()
+    with mode:
+        model = make_ours(net)
+    return trace(model, (T, N, 3, size, size), Policy.parse(policy), mode=mode).peak()
+
+
+def main() -> None:
+    """Predict, measure, compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--size", type=int, default=128)
+    args = parser.parse_args()
+    rows = []
+    for net, T, policy in CONFIGURATIONS:
+        flags = ["--net", net, "--T", str(T), "--batch-size", str(args.batch_size), "--size", str(args.size)]
+        command = [sys.executable, str(Path(__file__).with_name("memory_peak.py")), *flags, "--timed", "0"]
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(
+            [*command, "--only", policy], capture_output=True, text=True, check=True, env=environment
+        )
+        measured = json.loads(done.stdout.splitlines()[-1])["peak"]
+        plan = predicted(net, T, args.batch_size, args.size, policy)
+        row = {"net": net, "T": T, "policy": policy, "predicted": plan, "measured": measured}
+        rows.append({**row, "error": plan / measured - 1})
+        print(
+            f"{net:18} T = {T:3} {policy:14} predicted {plan / 2**20:6.0f} MiB, measured "
+            f"{measured / 2**20:6.0f} MiB, error {100 * rows[-1]['error']:+.1f} %",
+            flush=True,
+        )
+        save("memory_plan", {"machine": machine(), "arguments": vars(args), "configurations": rows})
+
+
+if __name__ == "__main__":
+    main()
