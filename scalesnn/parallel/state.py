@@ -125,8 +125,11 @@ def write_optimizer_state(
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             state.clear()
+            on_device = bool(group.get("fused") or group.get("capturable"))
             for key, values in saved.get(names[parameter], {}).items():
-                state[key] = _like(parameter, values, on_device=not is_step(key, values))
+                state[key] = _like(parameter, values, is_counter=is_step(key, values))
+                if on_device:
+                    state[key] = state[key].to(parameter.device)
 
 
 def is_step(key: str, values: Tensor) -> bool:
@@ -134,9 +137,9 @@ def is_step(key: str, values: Tensor) -> bool:
     return key == "step" and values.numel() == 1
 
 
-def _like(parameter: Tensor, values: Tensor, *, on_device: bool) -> Tensor:
+def _like(parameter: Tensor, values: Tensor, *, is_counter: bool) -> Tensor:
     own, _ = local_values(parameter)
-    if not on_device or values.numel() != own.numel():
+    if is_counter or values.numel() != own.numel():
         return values.reshape(()).clone()
     state = torch.zeros_like(parameter.detach())
     if values.dtype != state.dtype:

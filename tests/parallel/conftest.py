@@ -110,7 +110,8 @@ def train_once(root: Path) -> dict[str, Any]:
         "fsdp float64": {"dtype": "float64", "flags": fsdp()},
     }
     for name, flags in STRATEGIES.items():
-        cell: dict[str, Any] = {"flags": flags}
+        # Evaluations amid training leave no trace in it: ddp has none.
+        cell: dict[str, Any] = {"flags": flags, "evaluate": name != "ddp"}
         if name in RESUMED:
             # zero3's in the background, while training goes on
             cell |= {"folder": folder(name), "save": [10], "background": name == "zero3"}

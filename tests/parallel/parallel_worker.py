@@ -192,6 +192,12 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
             ema.update(progress.step)
         if progress.step % 5 == 0:
             strategy.end_epoch()
+            if cell.get("evaluate"):  # as the Trainer does between epochs; must leave no trace in training
+                net.eval()
+                with torch.inference_mode(), strategy.autocast():
+                    strategy.evaluation_model(images[0])
+                functional.reset_net(net)
+                net.train()
         if progress.step in cell.get("save", []):
             manager.save(progress, extra={"losses": losses}, is_best=True)
     manager.wait()
