@@ -25,6 +25,7 @@ from scalesnn.data import add_data_arguments, open_data
 from scalesnn.doctor import add_preflight_argument, run_preflight
 from scalesnn.memory import add_memory_arguments
 from scalesnn.memory import prepare as prepare_memory
+from scalesnn.memory.fallback import Fallback
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
 from scalesnn.parallel.placement import add_placement_arguments, place_process
 from scalesnn.parallel.strategy import Strategy
@@ -357,6 +358,7 @@ class Trainer:
         profiler = StepProfiler(
             args.profile if strategy.is_main else 0, folder / "profile", tracker.notice, self.device
         )
+        fallback = Fallback(strategy.module, getattr(args, "T", None), strategy.any_rank, tracker.notice)
         run = Run(
             args,
             folder,
@@ -369,6 +371,7 @@ class Trainer:
             timer,
             spikes,
             profiler,
+            fallback,
             preemption,
             watch,
             ema,

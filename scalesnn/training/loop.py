@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from scalesnn import functional
 from scalesnn.base import UserError
+from scalesnn.memory.fallback import Fallback
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker
 from scalesnn.training.checkpoint import CheckpointManager, Progress
@@ -44,6 +46,7 @@ class Run:
     timer: StepTimer
     spikes: SpikeMonitor
     profiler: StepProfiler
+    fallback: Fallback
     preemption: Preemption
     hang_watch: HangWatch
     ema: ModelEma | None = None
@@ -101,15 +104,8 @@ def train_one_epoch(
     of_step = Averages(NAMES, run.device)
     left = run.batches_per_epoch - progress.batch
     for images, targets in timer.data(islice(loader.epoch(epoch, progress.batch), left)):
-        with timer.phase("forward"), strategy.autocast(), run.spikes.watch(progress.step + 1):
-            output_NK = trainer.process_model_output(
-                args, model(trainer.preprocess_train_sample(args, images))
-            )
-            loss = criterion(output_NK, check_targets(run, targets, output_NK))
-        with timer.phase("backward"):
-            strategy.backward(loss)
-            functional.reset_net(model)
-            run.spikes.gradients()
+        learn = partial(forward_and_backward, trainer, model, criterion, images, targets)
+        output_NK, loss = run.fallback.run(learn)  # again with less memory, where the first steps run out
         with timer.phase("optimizer"):
             result = strategy.step()
 
@@ -120,7 +116,7 @@ def train_one_epoch(
         if result.skipped:  # gradients are not finite: the batch enters no mean
             run.tracker.alert("gradients are not finite", f"the step after {progress.step} is skipped")
             continue
-        acc1, acc5 = trainer.cal_acc1_acc5(output_NK.detach(), targets)
+        acc1, acc5 = trainer.cal_acc1_acc5(output_NK, targets)
         for averages in (run.averages, of_step):
             averages.add({"loss": loss, "acc1": acc1, "acc5": acc5}, len(targets))
         if not result.stepped:  # a micro-batch of an accumulated step
@@ -136,6 +132,22 @@ def train_one_epoch(
         if due and progress.batch < run.batches_per_epoch:  # at its end an epoch is saved anyway
             run.save()
     return run.averages.means(strategy.reduce_sum)
+
+
+def forward_and_backward(
+    trainer: Trainer, model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One batch forward and back: (logits [N, classes], detached; mean loss). Gradients are left in place."""
+    run = trainer.run
+    with run.timer.phase("forward"), run.strategy.autocast(), run.spikes.watch(run.progress.step + 1):
+        y = model(trainer.preprocess_train_sample(run.args, images))
+        output_NK = trainer.process_model_output(run.args, y)
+        loss = criterion(output_NK, check_targets(run, targets, output_NK))
+    with run.timer.phase("backward"):
+        run.strategy.backward(loss)
+        functional.reset_net(model)
+        run.spikes.gradients()
+    return output_NK.detach(), loss.detach()
 
 
 def check_targets(run: Run, targets: Tensor, output_NK: Tensor) -> Tensor:
