@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,7 @@ class Trainer:
                 )
             for notice in notices:
                 tracker.notice(notice)
+            strategy.notice = partial(tracker.alert, "gradients are not finite")
         timer = StepTimer(
             self.device,
             world_size=strategy.world_size,
@@ -407,17 +409,16 @@ class Trainer:
             record = {"step": progress.step, "epoch": epoch}
             run.tracker.log_epoch({**record, "split": "train", "loss": loss, "acc1": acc1, "acc5": acc5})
             run.save(is_best=self._evaluate_epoch(args, criterion, record))
-        code = 0
         if run.interrupted:
             path = run.save()
             run.checkpoints.wait()
             run.tracker.notice(
                 f"stopped by a signal at step {progress.step}; go on with --resume latest (or {path})"
             )
-            code = run.preemption.finish(strategy, run.folder, progress.step, run.tracker.notice)
         run.checkpoints.wait()
         run.tracker.close(self._summary())
-        return code
+        # last: once it is asked for a restart, Slurm leaves the job only seconds
+        return run.preemption.finish(strategy, run.folder, progress.step)
 
     def _summary(self) -> dict[str, Any]:
         """What the user should know at the end."""

