@@ -1,9 +1,10 @@
-"""The planner's peak against the measured one: resident memory of a training step on the CPU, above the model.
+"""The planner's peak against the measured one: resident memory of a training step on the CPU.
 
     python benchmarks/memory_plan.py
 
-Each configuration is measured in a process of its own, in which freed blocks go back to the system at once
-(MALLOC_MMAP_THRESHOLD_), so that resident memory is what is alive. Writes benchmarks/results/memory_plan.json.
+Each configuration is measured above the loaded model, in a process of its own in which freed blocks go back
+to the system at once (MALLOC_MMAP_THRESHOLD_), so that resident memory is what is alive.
+Writes benchmarks/results/memory_plan.json.
 """
 
 from __future__ import annotations

@@ -133,7 +133,9 @@ class _Convolution(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_x: Tensor | None = None
         sums: list[Tensor | None] = [None, None]
-        cast = weight.to(ctx.dtype)
+        cast = weight.detach().to(
+            ctx.dtype
+        )  # detached: making a chunk lets ZeRO-3 take the weight away again
         for a, b in spans(ctx.total, ctx.steps):
             part, of_grad = ctx.source(a, b), chunk_of(grad, a, b)
             assert of_grad is not None

