@@ -2,8 +2,9 @@
 
     python benchmarks/memory_saved_bytes.py --net spiking_resnet50
 
-FakeTensorMode, 224², 32 images, bf16. SpikingJelly's largest T follows from the bytes that its autograd saves,
-counted in the same way (benchmarks/saved_bytes.py) in this run, without its working set: a bound in its favour.
+FakeTensorMode, 224², 32 images, bf16. SpikingJelly's largest T follows from the bytes that its autograd
+saves, counted in the same way (benchmarks/saved_bytes.py) in this run, without its working set: a bound in
+its favour.
 Writes benchmarks/results/memory_saved_bytes.json.
 """
 

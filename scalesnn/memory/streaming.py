@@ -114,13 +114,15 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(weight)
         ctx.source, ctx.total, ctx.steps = source, x.shape[0], options[0]
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.x_dtype = x.dtype
+        ctx.x_dtype, ctx.module = x.dtype, module
         ctx.geometry = (module.stride, module.padding, module.dilation, False, [0, 0], module.groups)
         ctx.bias_sizes = None if bias is None else list(bias.shape)
 
         def make(a: int, b: int) -> Tensor:
             with torch.no_grad(), context():
-                return module(source(a, b))  # through the module's own call: ZeRO-3 gathers its weight there
+                if getattr(module, "weight_at_hand", False):
+                    return module.forward(source(a, b))
+                return module(source(a, b))  # ZeRO-3 gathers the weight in the module's own call
 
         with torch.no_grad():
             probe = make(0, 1)
@@ -136,6 +138,7 @@ class _Convolution(torch.autograd.Function):
         cast = weight.detach().to(
             ctx.dtype
         )  # detached: making a chunk lets ZeRO-3 take the weight away again
+        ctx.module.weight_at_hand = True  # its own call would have ZeRO-3 take the weight away again
         for a, b in spans(ctx.total, ctx.steps):
             part, of_grad = ctx.source(a, b), chunk_of(grad, a, b)
             assert of_grad is not None
@@ -157,6 +160,7 @@ class _Convolution(torch.autograd.Function):
                     shape, stride = (ctx.total, *of_x.shape[1:]), strides_of_sequence(of_x)
                     grad_x = torch.empty_strided(shape, stride, dtype=ctx.x_dtype, device=of_x.device)
                 grad_x[a:b] = of_x
+        del ctx.module.weight_at_hand
         return grad_x, *sums, None, None
 
 

@@ -20,12 +20,15 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalesnn import functional
+from scalesnn.base import MemoryModule
 from scalesnn.memory.lazy import Lazy, handle
 from scalesnn.memory.policy import Policy, apply_policy
 
-__all__ = ["Device", "Trace", "fake_copy", "trace"]
+__all__ = ["Device", "Trace", "fake_copy", "potentials", "trace"]
 
 CONVOLUTIONS = ("aten::convolution", "aten::conv2d", "scalesnn::spike_conv2d")
+EMPTY = ("aten::empty", "aten::empty_strided")
+UNTOUCHED = ("aten::max_pool2d_with_indices_backward", 1)  # only its shape is read
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Trace:
 
     Attributes:
         events: (activation bytes, gradient bytes) alive after every change that made a new maximum possible.
-        saved: bytes alive at the end of the forward pass, the net's own tensors and input apart.
+        saved: bytes alive at the end of the forward pass, the net's own tensors, its
+            potentials and the input apart.
         flops, traffic: operations of convolutions, bytes written and read by everything.
         convolutions: name of a convolution → (bytes of its output, operations of its forward).
     """
@@ -79,6 +83,7 @@ class _Ledger(TorchDispatchMode):
     def __init__(self, trace: Trace, rounding: int, own: Sequence[Tensor]) -> None:
         super().__init__()
         self.trace, self.rounding = trace, rounding
+        self.lazy_pages = rounding == CPU.rounding
         self.activations = self.gradients = 0
         self._known: dict[int, Any] = {}
         self._kinds: dict[int, str] = {}
@@ -128,13 +133,17 @@ class _Ledger(TorchDispatchMode):
         if any(isinstance(a, Lazy) for a in args):
             with self:  # what it does chunk by chunk is counted, too
                 return handle(func, args, kwargs or {})
+        name = func._schema.name
+        if self.lazy_pages:  # memory that nobody has touched takes none
+            for index, arg in enumerate(args):
+                if type(arg).__name__ == "FakeTensor" and (name, index) != UNTOUCHED:
+                    self._see(arg)
         out = func(*args, **(kwargs or {}))
         results = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
         for tensor in results:
-            if type(tensor).__name__ == "FakeTensor":
+            if type(tensor).__name__ == "FakeTensor" and not (self.lazy_pages and name in EMPTY):
                 self._see(tensor)
-        name = func._schema.name
-        if func.is_view or name in ("aten::detach", "aten::empty", "aten::empty_strided"):
+        if func.is_view or name == "aten::detach" or name in EMPTY:
             return out
         inputs = [a for a in args if isinstance(a, Tensor)]
         self.trace.traffic += sum(_size(t) for t in (*results, *inputs))
@@ -206,7 +215,7 @@ def trace(
             with ledger:
                 with context:
                     loss = _loss(model, x, target)
-                found.saved = ledger.activations
+                found.saved = ledger.activations - potentials(model)
                 loss.backward()
                 del loss
         finally:
@@ -217,6 +226,12 @@ def trace(
                 parameter.grad = None
             apply_policy(model, Policy())
     return found
+
+
+def potentials(model: nn.Module) -> int:
+    """Bytes of the net's memories, which live without autograd."""
+    values = [v for m in model.modules() if isinstance(m, MemoryModule) for v in m.memories()]
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
 
 def _loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:

@@ -40,10 +40,7 @@ def test_saved_bytes_are_those_that_autograd_keeps():
         out = model(x)
     assert out is not None
     predicted = Planner(model, shape, 10**9, device_type="cpu", static=False).trace(Policy()).saved
-    potentials = sum(
-        v.numel() * 4 for m in model.modules() for v in getattr(m, "memories", list)() if v is not None
-    )
-    assert predicted == pytest.approx(sum(sizes.values()) + potentials, rel=0.05)
+    assert predicted == pytest.approx(sum(sizes.values()), rel=0.05)
 
 
 def test_policies_need_less_memory_and_more_time(planner):
