@@ -88,6 +88,7 @@ class Planner:
     ) -> None:
         if strategy not in STRATEGIES:
             raise UserError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+        self.strategy = strategy
         self.mode = FakeTensorMode() if mode is None else mode
         self.model = fake_copy(model, self.mode) if mode is None else model
         self.shape, self.budget, self.world_size = tuple(sample_shape), budget, max(world_size, 1)
@@ -185,7 +186,7 @@ class Planner:
     def policies(self) -> list[Policy]:
         """The exact policies worth trying, by predicted time."""
         names = ["none", "layer", "block"]
-        if len(self.shape) == 5:
+        if len(self.shape) == 5 and self.strategy != "zero3":  # which time:K does not work with
             T = self.shape[0]
             for steps in sorted({max(T // 4, 1), max(T // 16, 1)}, reverse=True):
                 if steps < T:
