@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 import wandb
+
 from scalesnn.tracking.wandb_log import read_history, read_records
 from scalesnn.tracking.wandb_sink import run_id_of, write_offline_run
 
