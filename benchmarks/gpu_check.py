@@ -1,6 +1,6 @@
 """Everything to check on a machine with a GPU, in one command under 8 minutes: ``make gpu-check``.
 
-    python benchmarks/gpu_check.py [--parts kernels,speed,training,sanitizer] [--minutes 8]
+    python benchmarks/gpu_check.py [--parts kernels,training,speed,memory,sanitizer] [--minutes 8]
 
 Runs from the checkout, offline, under any Python >= 3.10 with torch >= 2.11 and CuPy; nothing is installed.
 Parts are
@@ -351,10 +351,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
+def memory(report: Report, device: torch.device) -> None:
+    """The planner against the GPU's own count (benchmarks/gpu_memory.py)."""
+    import gpu_memory
+
+    gpu_memory.memory(report, device)
+
+
 PARTS: dict[str, Callable[[Report, torch.device], None]] = {
     "kernels": kernels,
     "training": training,
     "speed": speed,
+    "memory": memory,
     "sanitizer": sanitizer,
 }
 
