@@ -72,7 +72,7 @@ class Run:
         """Write a checkpoint of this moment; collective."""
         averages = None
         if self.averages is not None:
-            averages = self.strategy.reduce_sum(self.averages.sums.clone()).tolist()
+            averages = self.strategy.reduce_sum(self.averages.sums).tolist()
         began = time.monotonic()
         path = self.checkpoints.save(self.progress, extra={"averages": averages}, is_best=is_best)
         self.tracker.log_checkpoint(path, best=is_best, seconds=time.monotonic() - began)

@@ -58,7 +58,7 @@ class Averages:
 
     def means(self, reduce_sum: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The means, over all ranks where ``reduce_sum`` is given (a collective call then)."""
-        sums = self.sums if reduce_sum is None else reduce_sum(self.sums.clone())
+        sums = self.sums if reduce_sum is None else reduce_sum(self.sums)
         values = sums.tolist()
         count = max(values[-1], 1.0)
         return {name: value / count for name, value in zip(self.names, values[:-1], strict=True)}
