@@ -142,7 +142,7 @@ class _Tracked:
             with timer.phase("backward"):
                 loss.backward()
                 functional.reset_net(self.model)
-                monitor.gradients()
+                monitor.take_gradients(self.number, self.norms)
             with timer.phase("optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -155,6 +155,11 @@ class _Tracked:
                 place = record
             self.tracker.progress(place)
             self.own_s += time.perf_counter() - began
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Norms of the weights' gradients, as ``Strategy.gradient_norms`` gives them."""
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.dim() > 1}
+        return dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
 
 
 def _children_cpu(process: psutil.Process) -> float:

@@ -356,7 +356,7 @@ class Trainer:
             hours_before=tracker.last("device_hours"),
         )
         timer.watch_communication(strategy.module)
-        spikes = SpikeMonitor(strategy.module, args.spike_metrics_every if strategy.is_main else 0)
+        spikes = SpikeMonitor(strategy.module, args.spike_metrics_every, looks=strategy.is_main)
         profiler = StepProfiler(
             args.profile if strategy.is_main else 0, folder / "profile", tracker.notice, self.device
         )

@@ -168,6 +168,14 @@ class DeepSpeedStrategy(Strategy):
         bad = bool(self.engine.optimizer.overflow)
         return StepResult(self.engine.get_global_grad_norm(), not bad, skipped=bad)
 
+    def _norms_of(self, weights: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        if self.stage == 0:
+            return super()._norms_of(weights)
+        from deepspeed.utils import safe_get_full_grad
+
+        gradients = ((p, safe_get_full_grad(p)) for p in weights)  # one whole gradient at a time
+        return {p: gradient.norm() for p, gradient in gradients if gradient is not None}
+
     @property
     def evaluation_model(self) -> nn.Module:
         return self.module  # stage 3 gathers weights in hooks of the modules themselves

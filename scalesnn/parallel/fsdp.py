@@ -200,6 +200,15 @@ class FSDPStrategy(Strategy):
                 squares.append(part.to(self.device).square())
         return torch.stack(squares).sum().sqrt()
 
+    def _norms_of(self, weights: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        parts: dict[nn.Parameter, Any] = {p: p.grad for p in weights if p.grad is not None}
+        if not parts:
+            return {}
+        norms = torch._foreach_norm([gradient.to_local() for gradient in parts.values()])
+        squares = torch.stack(norms).to(self.device, torch.float64).square()
+        replicas = self.mesh_shape[0] if len(self.mesh_shape) > 1 else 1
+        return dict(zip(parts, (self.reduce_sum(squares) / replicas).sqrt().unbind(), strict=True))
+
     def _clip(self, norm: Tensor) -> None:
         for parameters in self._gradients():
             if parameters:

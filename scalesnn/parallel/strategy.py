@@ -37,6 +37,7 @@ from scalesnn.parallel.failure import FailureWatch
 from scalesnn.parallel.finite import PATIENCE, BatchMemory, NonFiniteLossError
 from scalesnn.parallel.state import parameter_names, persistent_buffers
 from scalesnn.parallel.strategy_state import StrategyState, TrainState
+from scalesnn.parallel.sync_batch_norm import convert_sync_batch_norm
 from scalesnn.parallel.topology import Topology
 
 __all__ = ["MakeOptimizer", "MakeScheduler", "StepResult", "Strategy", "TrainState"]
@@ -183,7 +184,7 @@ class Strategy(StrategyState, ABC):
         ``optimizer`` and ``scheduler`` (``scheduler.step()`` is called once an epoch).
         """
         if getattr(self.args, "sync_bn", False) and self.world_size > 1:
-            model = convert_batch_norm(model)
+            model = convert_sync_batch_norm(model)
         self.module = model.to(self.device)
         if self.contiguous_weights:
             for parameter in self.module.parameters():
@@ -213,6 +214,11 @@ class Strategy(StrategyState, ABC):
     def closes_step(self) -> bool:
         """Whether the micro-batch now running is the last one before an update."""
         return self._micro_batches + 1 >= self.accumulation
+
+    @property
+    def gradients_complete(self) -> bool:
+        """Whether the last micro-batch before an update has been backpropagated."""
+        return self._micro_batches >= self.accumulation
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context for forward and loss: mixed precision, and no reduction before the last micro-batch."""
@@ -244,7 +250,7 @@ class Strategy(StrategyState, ABC):
                 row. The
                 weights are those from before the step.
         """
-        if self._micro_batches < self.accumulation:
+        if not self.gradients_complete:
             return StepResult(None, False)
         self._micro_batches = 0
         result = self._step()
@@ -272,6 +278,22 @@ class Strategy(StrategyState, ABC):
 
     def _clip(self, norm: Tensor) -> None:
         clip_grads_with_norm_(self.module.parameters(), self.clip_grad_norm, norm)
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The norm of every weight's gradient, reduced over ranks and micro-batches, by the parameter's name.
+
+        Parameters with fewer than two dimensions are left out. Collective; call it between the last backward
+        pass of a step and ``step``.
+        """
+        shapes = self.whole_shapes()
+        weights = {p: name for p, name in self._names.items() if len(shapes[name]) > 1 and p.requires_grad}
+        norms = self._norms_of(list(weights))
+        return {name: norms[p] for p, name in weights.items() if p in norms}
+
+    def _norms_of(self, weights: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        """Norms of the whole gradients of ``weights``; those without a gradient are left out."""
+        gradients = {p: p.grad.detach() for p in weights if p.grad is not None}
+        return dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
 
     def _not_finite(self) -> None:
         """Report gradients that are not finite; returns where the run goes on without the step."""
@@ -321,13 +343,6 @@ class Strategy(StrategyState, ABC):
         flat /= self.world_size
         for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view(tensor.shape))
-
-
-def convert_batch_norm(model: nn.Module) -> nn.Module:
-    """Make every BatchNorm layer of ``model`` compute its statistics over all ranks (--sync-bn)."""
-    from scalesnn.parallel.sync_batch_norm import convert_sync_batch_norm
-
-    return convert_sync_batch_norm(model)
 
 
 def say(text: str) -> None:

@@ -3,7 +3,7 @@
     with monitor.watch(step):                  # does nothing unless the step is due
         output = model(images)
     strategy.backward(loss)
-    monitor.gradients()
+    monitor.take_gradients(step, strategy.gradient_norms)
     record.update(monitor.read())              # empty unless something was measured
 
 What is measured, per spiking layer: the firing rate, over everything and per time-step; the share of
@@ -17,15 +17,13 @@ Reference: docs/monitoring.md; the tests compare every number with a slow comput
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from scalesnn.neuron import BaseNode
 from scalesnn.tracking.energy import SynapseCounter
@@ -52,21 +50,17 @@ class SpikeMonitor:
     Args:
         model: the network itself, not a wrapper of it (layers are named by their path in it).
         every: measure at steps divisible by this; 0 never.
+        looks: whether this rank looks at its own spikes. The others only take part in what needs all ranks.
     """
 
-    def __init__(self, model: nn.Module, every: int = 100) -> None:
+    def __init__(self, model: nn.Module, every: int = 100, *, looks: bool = True) -> None:
         self.every = every
+        self._looks = looks
         self._nodes = {name: node for name, node in model.named_modules() if isinstance(node, BaseNode)}
-        self._weights = {
-            name.removesuffix(".weight"): parameter
-            for name, parameter in model.named_parameters()
-            if parameter.dim() > 1
-        }
         self._synapses = SynapseCounter(model)
         self._windows = {name: active_window(node) for name, node in self._nodes.items()}
         self._layers: dict[str, _Layer] = {}
         self._gradients: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
         self._step: int | None = None
         self._fresh = True  # nothing measured yet in this process
         self._silent: dict[str, list[tuple[int, Tensor]]] = {}
@@ -90,10 +84,13 @@ class SpikeMonitor:
         """Measure the forward passes inside, if ``step`` is due. Recomputation in the backward pass is
         outside, so it is not counted twice.
         """
-        if not self.due(step) or (step == self._step and self._layers):  # one micro-batch of a step is enough
+        if step == self._step or not self.due(step):  # one micro-batch of a step is enough
             yield
             return
         self._layers, self._gradients, self._step, self._fresh = {}, {}, step, False
+        if not self._looks:
+            yield
+            return
         names = {id(node): name for name, node in self._nodes.items()}
 
         def observe(node: BaseNode, spikes: Tensor, v_last: Tensor | None) -> None:
@@ -101,45 +98,32 @@ class SpikeMonitor:
 
         for node in self._nodes.values():
             node.observer = observe
-        self._handles = [
-            parameter.register_hook(partial(self._take_gradient, name))
-            for name, parameter in self._weights.items()
-            if parameter.requires_grad and torch.is_grad_enabled()
-        ]
         try:
             with self._synapses.count():
                 yield
+        except BaseException:  # out of memory, say: a pass that breaks off is no measurement
+            self._layers, self._step, self._fresh = {}, None, True
+            self._synapses.read()
+            raise
         finally:
             for node in self._nodes.values():
                 node.observer = None
 
-    def gradients(self) -> None:
-        """Take the norms of the weights' gradients, if this step is measured: call it after the backward
-        pass.
+    def take_gradients(self, step: int, norms: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Take the norms of the weights' gradients, if ``step`` is measured: call it on all ranks after the
+        last backward pass of the step.
 
-        Where a strategy takes gradients away or shards them in the backward pass (ZeRO), it is the norm of
-        this rank's own gradient, before the reduction; where it hides them altogether (FSDP), there is none.
+        Args:
+            norms: gives them by the parameter's name; collective (``Strategy.gradient_norms``).
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._step is None:
-            return
-        whole = {
-            name: parameter.grad
-            for name, parameter in self._weights.items()
-            if parameter.grad is not None and type(parameter.grad) is Tensor and parameter.grad.numel()
-        }
-        reduced: dict[str, Tensor] = {}
-        if whole:
-            norms = torch._foreach_norm([gradient.detach() for gradient in whole.values()])
-            reduced = dict(zip(whole, norms, strict=True))
-        self._gradients = {**self._gradients, **reduced}
+        if step == self._step:
+            self._gradients = {name.removesuffix(".weight"): norm for name, norm in norms().items()}
 
     @torch.no_grad()
     def read(self) -> dict[str, Any]:
         """The metrics of the last measured step; empty if none was measured since the last call."""
-        if self._step is None or not self._layers:
+        if not self._layers:
+            self._step = None
             return {}
         record: dict[str, Any] = {}
         fired = possible = 0.0
@@ -203,10 +187,6 @@ class SpikeMonitor:
             [v.sum(), (v * v).sum(), (near * known).sum(), known.sum()]
         )  # the last chunk of a sequence stays
         layer.membrane_numel = v.numel()
-
-    def _take_gradient(self, name: str, gradient: Tensor) -> None:
-        if type(gradient) is Tensor:
-            self._gradients[name] = gradient.detach().norm()
 
     def _judge(self, name: str, bad_C: Tensor, past: list[tuple[int, Tensor]], what: str) -> None:
         """Warn if a large share of the channels was bad in each of the last measurements."""

@@ -106,6 +106,8 @@ def train_one_epoch(
     for images, targets in timer.data(islice(loader.epoch(epoch, progress.batch), left)):
         learn = partial(forward_and_backward, trainer, model, criterion, images, targets)
         output_NK, loss = run.fallback.run(learn)  # again with less memory, where the first steps run out
+        if strategy.gradients_complete:
+            run.spikes.take_gradients(progress.step + 1, strategy.gradient_norms)
         with timer.phase("optimizer"):
             result = strategy.step()
 
@@ -145,7 +147,6 @@ def forward_and_backward(
     with run.timer.phase("backward"):
         run.strategy.backward(loss)
         functional.reset_net(model)
-        run.spikes.gradients()
     return output_NK.detach(), loss.detach()
 
 

@@ -99,10 +99,16 @@ def train_once(root: Path) -> dict[str, Any]:
     def folder(name: str) -> str:
         return str(root / "runs" / name)
 
+    group = {"norm": "group", "flags": {"sync_bn": False}, "dtype": "float64"}
+    offload = (CONFIGS / "fsdp.yaml").read_text().replace("cpu_offload: false", "cpu_offload: true")
+    (root / "offload.yaml").write_text(offload)
     one: Cells = {
         "single float64": {"dtype": "float64"},
+        "single float32": {},
         "single torch": {"dtype": "float64", "norm": "torch", "steps": 8},
-        "single group": {"norm": "group", "flags": {"sync_bn": False}},
+        "single group": {"norm": "group", "flags": {"sync_bn": False}, "images": 16},
+        "batch 8": {**group, "images": 8},
+        "2 × batch 4": {**group, "images": 8, "flags": {"sync_bn": False, "gradient_accumulation": 2}},
     }
     two: Cells = {
         "ddp float64": {"dtype": "float64"},
@@ -116,8 +122,16 @@ def train_once(root: Path) -> dict[str, Any]:
             # zero3's in the background, while training goes on
             cell |= {"folder": folder(name), "save": [10], "background": name == "zero3"}
         two[name] = cell
+    offloaded = {"flags": {"fsdp_config": str(root / "offload.yaml"), "clip_grad_norm": 0.1}, "steps": 6}
+    two["fsdp offload"] = {**offloaded, "folder": folder("fsdp offload"), "save": [3]}
+    two["fsdp offload again"] = {
+        **offloaded,
+        "resume": folder("fsdp offload/step_00000003"),
+        "folder": folder("fsdp offload again"),
+    }
     two["ddp static graph"] = {
         "norm": "group",
+        "images": 16,
         "flags": {"ddp_static_graph": True, "gradient_accumulation": 2, "sync_bn": False},
         "steps": 6,
     }
@@ -125,6 +139,7 @@ def train_once(root: Path) -> dict[str, Any]:
     for name in RESUMED:
         two[f"{name} accumulated"] = {
             "norm": "group",
+            "images": 16,
             "flags": {**STRATEGIES[name], "gradient_accumulation": 2, "sync_bn": False},
         }
         two[f"{name} clipped"] = {"flags": {**STRATEGIES[name], "clip_grad_norm": 0.1}, "steps": 6}

@@ -116,11 +116,11 @@ class Net(nn.Module):
         return self.fc(x.mean((-1, -2))).mean(0)
 
 
-def batches(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """STEPS global batches of IMAGES images."""
+def batches(dtype: torch.dtype, count: int) -> tuple[Tensor, Tensor]:
+    """STEPS global batches of ``count`` images."""
     generator = torch.Generator().manual_seed(5)
-    images = torch.randn(STEPS, IMAGES, 3, 6, 6, generator=generator, dtype=torch.float64)
-    return images.to(dtype), torch.randint(0, CLASSES, (STEPS, IMAGES), generator=generator)
+    images = torch.randn(STEPS, count, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return images.to(dtype), torch.randint(0, CLASSES, (STEPS, count), generator=generator)
 
 
 def make_optimizer(args: Any, net: nn.Module) -> torch.optim.Optimizer:
@@ -156,10 +156,12 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     extra: dict[str, Any] = {}
     if "resume" in cell:
         progress, extra = manager.load(cell["resume"])
-    images, targets = batches(dtype)
+    count = cell.get("images", IMAGES)
+    images, targets = batches(dtype, count)
     losses, norms = [], []
+    layer_norms: dict[str, float] = {}
     accumulation = strategy.accumulation
-    share = IMAGES // accumulation // strategy.world_size
+    share = count // accumulation // strategy.world_size
     done = progress.step  # global batches
     while done < cell.get("steps", STEPS):
         total = 0.0
@@ -178,6 +180,8 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
             strategy.backward(loss)
             functional.reset_net(strategy.module)
             assert not any(isinstance(m, neuron.BaseNode) and isinstance(m.v, Tensor) for m in net.modules())
+            if done == 1 and strategy.gradients_complete:
+                layer_norms = {name: float(value) for name, value in strategy.gradient_norms().items()}
             result = strategy.step()
             total += float(strategy.reduce_sum(loss)) / strategy.world_size / accumulation
         done += 1
@@ -202,6 +206,7 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
             manager.save(progress, extra={"losses": losses}, is_best=True)
     manager.wait()
     found: dict[str, Any] = {"losses": losses, "norms": norms, "extra": extra, "steps": progress.step}
+    found["layer_norms"] = layer_norms
     found["lr"] = strategy.optimizer.param_groups[0]["lr"]
     state = strategy.full_model_state()
     found["weights"] = digest(state)

@@ -36,6 +36,11 @@ def test_trace_is_that_of_one_process_with_the_whole_batch(runs: dict[str, Any],
     assert_same_weights(found["ema"], single["ema"], 1e-10)
 
 
+def test_float32_trace_on_two_ranks_is_that_of_one_process(runs: dict[str, Any]) -> None:
+    assert len(runs["ddp"]["losses"]) == 20
+    assert_same_trace(runs["ddp"]["losses"], runs["single float32"]["losses"], 1e-6)
+
+
 def test_batchnorm_of_torch_is_synchronised_too(runs: dict[str, Any]) -> None:
     found, single = runs["ddp torch"], runs["single torch"]
     assert_same_trace(found["losses"], single["losses"], 1e-12)
@@ -60,6 +65,40 @@ def test_averaged_weights_and_their_output_are_those_of_ddp(runs: dict[str, Any]
 
 def test_float64_and_float32_differ_so_the_comparison_can_fail(runs: dict[str, Any]) -> None:
     assert runs["ddp"]["losses"] != runs["ddp float64"]["losses"]
+
+
+def test_two_batches_of_4_equal_one_of_8(runs: dict[str, Any]) -> None:
+    found, whole = runs["2 × batch 4"], runs["batch 8"]
+    assert len(found["losses"]) == 20
+    assert_same_trace(found["losses"], whole["losses"], 1e-12)
+    assert_same_weights(found["weights"], whole["weights"], 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        *((name, "single float32") for name in ("ddp", *ZERO, "fsdp")),
+        *((f"{name} float64", "single float64") for name in ("ddp", "fsdp", "hsdp")),
+        *((f"{name} accumulated", "single group") for name in SPLIT),
+        ("fsdp offload", "fsdp clipped"),
+    ],
+)
+def test_gradient_norm_of_every_layer_is_that_of_one_process(
+    runs: dict[str, Any], name: str, reference: str
+) -> None:
+    found, single = runs[name]["layer_norms"], runs[reference]["layer_norms"]
+    assert list(found) == list(single)
+    assert len(found) == 6
+    assert min(single.values()) > 0
+    assert found == pytest.approx(single, rel=1e-10 if "float64" in name else 1e-4)
+
+
+def test_offload_to_host_memory_changes_nothing(runs: dict[str, Any]) -> None:
+    found, plain, again = runs["fsdp offload"], runs["fsdp clipped"], runs["fsdp offload again"]
+    assert_same_trace(found["losses"], plain["losses"], 1e-6)
+    assert_same_weights(found["weights"], plain["weights"], 1e-6)
+    assert_same_weights(found["ema"], plain["ema"], 1e-6)
+    assert_same_trace(again["losses"], found["losses"][3:], 1e-6)
 
 
 @pytest.mark.parametrize("name", SPLIT)

@@ -72,6 +72,10 @@ class Recorder:
         return hook
 
 
+def norms_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.norm() for name, p in model.named_parameters() if p.dim() > 1}
+
+
 @pytest.fixture(params=[spiking_resnet18, sew_resnet18, grouped_net], ids=lambda make: make.__name__)
 def measured(request: pytest.FixtureRequest) -> tuple[nn.Module, dict, Recorder]:
     torch.manual_seed(0)
@@ -87,7 +91,7 @@ def measured(request: pytest.FixtureRequest) -> tuple[nn.Module, dict, Recorder]
     monitor, recorder = SpikeMonitor(model, every=4), Recorder(model)
     with monitor.watch(4):
         model(x).square().sum().backward()
-        monitor.gradients()
+    monitor.take_gradients(4, lambda: norms_of(model))
     return model, monitor.read(), recorder
 
 
@@ -169,31 +173,41 @@ def test_gradient_norms_equal_the_reference(measured) -> None:
         assert record[f"gradient_norm/{name}"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_gradients_that_a_strategy_takes_away_are_measured_on_their_way() -> None:
-    """As under ZeRO: when the backward pass is over, parameter.grad is gone."""
-    torch.manual_seed(0)
-    model = nn.Sequential(layer.Conv2d(3, 4, 3), neuron.IFNode(v_threshold=0.1), layer.Conv2d(4, 2, 3))
+@pytest.mark.parametrize("looks", [True, False])
+def test_gradients_of_other_steps_are_left_alone_and_other_ranks_take_part(looks: bool) -> None:
+    model = nn.Sequential(layer.Conv2d(3, 4, 3), neuron.IFNode(v_threshold=0.1))
     functional.set_step_mode(model, "m")
-    expected = {}
+    monitor = SpikeMonitor(model, every=2, looks=looks)
+    asked = 0
 
-    def take_away(parameter: nn.Parameter) -> None:
-        expected[id(parameter)] = parameter.grad.norm().item()
-        parameter.grad = None
+    def norms() -> dict[str, Tensor]:
+        nonlocal asked
+        asked += 1
+        return {"0.weight": torch.ones(())}
 
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(take_away)
-    monitor = SpikeMonitor(model, every=1)
-    with monitor.watch(1):
-        loss = model(torch.rand(T, N, 3, 8, 8)).square().sum()
-    loss.backward()
-    monitor.gradients()
-    record = monitor.read()
-    for name in ("0", "2"):
-        norm = expected[id(model.get_submodule(name).weight)]
-        assert record[f"gradient_norm/{name}"] == pytest.approx(norm, rel=1e-6)
+    for step in range(1, 5):
+        with monitor.watch(step):
+            assert (model[1].observer is not None) == (looks and step != 3)
+            model(torch.rand(T, N, 3, 8, 8))
+        functional.reset_net(model)
+        monitor.take_gradients(step, norms)
+        assert ("gradient_norm/0" in monitor.read()) == (looks and step != 3)
+    assert asked == 3
+
+
+def test_a_pass_that_breaks_off_is_measured_again() -> None:
+    model = nn.Sequential(layer.Conv2d(3, 4, 3), neuron.IFNode(v_threshold=0.1))
+    functional.set_step_mode(model, "m")
+    monitor = SpikeMonitor(model, every=100)
+    with pytest.raises(MemoryError), monitor.watch(1):  # noqa: PT012
+        model(torch.rand(T, N, 3, 8, 8))
+        raise MemoryError
     functional.reset_net(model)
-    model(torch.rand(T, N, 3, 8, 8)).sum().backward()  # not watched: no hook is left
-    assert monitor.read() == {}
+    with monitor.watch(1):
+        model(torch.rand(T, N, 3, 8, 8))
+    record = monitor.read()
+    assert len(record["spikes/1/firing_rate_t"]) == T
+    assert record["energy/macs_per_image"] == 4 * 6 * 6 * 27 * T
 
 
 @pytest.mark.parametrize("repeated", [False, True])
