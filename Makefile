@@ -48,7 +48,7 @@ cluster-tests: install ## every test on a real Slurm, with the long ones that `m
 	SCALESNN_CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster --timeout=1200
 
 benchmarks: install ## every claim of the docs, measured anew into benchmarks/results (about 30 minutes)
-	for claim in saved_bytes step_time peak_memory memory_peak data_throughput strategies tracking_overhead whole_run; do \
+	for claim in saved_bytes step_time peak_memory memory_peak data_throughput strategies tracking_overhead spike_counts whole_run; do \
 	  $(BIN)/python benchmarks/$$claim.py || exit 1; \
 	done
 

@@ -348,6 +348,7 @@ class Trainer:
                 )
             for notice in notices:
                 tracker.notice(notice)
+            watch.alert = tracker.stalled
             strategy.notice = partial(tracker.alert, "gradients are not finite")
         timer = StepTimer(
             self.device,

@@ -64,6 +64,9 @@ class NullTracker:
     def alert(self, title: str, text: str) -> None:
         """Do nothing."""
 
+    def stalled(self, text: str) -> None:
+        """Do nothing."""
+
     def log_checkpoint(self, path: Path, *, best: bool = False, seconds: float | None = None) -> None:
         """Do nothing."""
 
@@ -174,6 +177,13 @@ class Tracker(NullTracker):
     def alert(self, title: str, text: str) -> None:
         """Tell the user of trouble (NaN, a stall, dead layers), through W&B's alerts as well."""
         self._event({"event": "alert", "title": title, "text": text})
+
+    def stalled(self, text: str) -> None:
+        """The training stands still, and its process is about to end: alert, and close every sink (an offline
+        W&B run reaches the disk only then). For the hang watch's thread.
+        """
+        self.alert("the training stands still", text)
+        self.close({"state": "failed"})
 
     def log_checkpoint(self, path: Path, *, best: bool = False, seconds: float | None = None) -> None:
         """Note a checkpoint; with --wandb-log-model it becomes a W&B artifact. How long it took to write is

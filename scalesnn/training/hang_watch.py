@@ -1,8 +1,9 @@
 """A training that stands still ends itself, and leaves every rank's stack behind.
 
-When no step ended for ``--hang-timeout`` seconds, each rank writes the stacks of all its threads to
-``RUN/hang/rank_N.txt``; rank 0 compares them and says where the ranks stand, and which left no stack at all
-(a stopped process or a dead node); then the process ends with exit code 124, and the launcher ends the rest.
+When no step ended for ``--hang-timeout`` seconds, rank 0 sends an alert through its tracker, and each rank
+writes the stacks of all its threads to ``RUN/hang/rank_N.txt``; rank 0 compares them and says where the ranks
+stand, and which left no stack at all (a stopped process or a dead node); then the process ends with exit code
+124, and the launcher ends the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from argparse import ArgumentParser
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -26,7 +28,9 @@ from scalesnn.base import UserError
 __all__ = ["HangWatch", "add_hang_arguments", "describe_stacks", "short_list"]
 
 EXIT_CODE = 124  # as timeout(1)
-GRACE = 5.0  # seconds in which all ranks write their stacks before the first one ends
+GRACE = (
+    5.0  # seconds in which all ranks write their stacks, and the alert goes out, before the first one ends
+)
 
 
 def add_hang_arguments(parser: ArgumentParser) -> None:
@@ -47,7 +51,12 @@ class HangWatch:
         timeout: seconds; 0 watches nothing.
         folder: of the run.
         rank, world_size: of this process.
-        grace: seconds between the stacks and the end.
+        grace: seconds for the stacks of all ranks and the alert before the end.
+
+    Attributes:
+        alert: called with a line when the training stands still (``Tracker.stalled``), in a thread of its
+            own: what makes the training stand still, a dead disk for instance, may hold it up too. It has
+            ``grace`` seconds.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class HangWatch:
         self.timeout = timeout
         self.folder = folder / "hang"
         self.rank, self.world_size, self.grace = rank, world_size, grace
+        self.alert: Callable[[str], None] = lambda text: None
         self.steps = 0
         self._last = self._armed = time.monotonic()
         self._over = threading.Event()
@@ -112,6 +122,10 @@ class HangWatch:
 
     def _end(self, waited: float) -> None:
         assert self._file is not None
+        text = f"no step for {waited:.0f} s after {self.steps - 1} steps; the stacks are in {self.folder}"
+        alert = threading.Thread(target=self.alert, args=(text,), daemon=True)
+        alert.start()
+        until = time.monotonic() + self.grace
         print(
             f"rank {self.rank} of {self.world_size} on {socket.gethostname()}, process {os.getpid()}: "
             f"no step for {waited:.0f} s after {self.steps - 1} steps",
@@ -120,7 +134,9 @@ class HangWatch:
         )
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         os.fsync(self._file.fileno())
-        time.sleep(self.grace)
+        alert.join(self.grace)
+        if self.world_size > 1:
+            time.sleep(max(0.0, until - time.monotonic()))
         if self.rank == 0:
             lines = describe_stacks(self.folder, self.world_size)
             text = f"scalesnn: no step for {waited:.0f} s (--hang-timeout {self.timeout:g}): {self.folder}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import scalesnn
 from scalesnn.base import UserError
+from scalesnn.tracking.wandb_log import read_records
 from scalesnn.training.hang_watch import HangWatch, describe_stacks, short_list
 
 ENVIRON = {**os.environ, "PYTHONPATH": str(Path(scalesnn.__file__).parents[1])}
@@ -22,6 +24,44 @@ def run(program: str, *words: str, timeout: float = 60) -> subprocess.CompletedP
     return subprocess.run(
         [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=timeout, env=ENVIRON
     )
+
+
+def test_a_hang_is_an_alert_in_every_sink(tmp_path):
+    """The console, events.jsonl and an offline W&B run have it, though the process ends by itself."""
+    program = """
+import sys, time
+from pathlib import Path
+from scalesnn.tracking.console import ConsoleSink
+from scalesnn.tracking.jsonl import JsonlSink
+from scalesnn.tracking.tracker import Tracker
+from scalesnn.tracking.wandb_sink import WandbOptions, WandbSink
+from scalesnn.training.hang_watch import HangWatch
+folder, tracker = Path(sys.argv[1]), Tracker()
+tracker.add_sink("console", ConsoleSink)
+tracker.add_sink("metrics.jsonl", lambda: JsonlSink(folder))
+tracker.add_sink("W&B", lambda: WandbSink(folder, WandbOptions()))
+tracker.log_step({"step": 7, "loss": 1.0})
+with HangWatch(1.0, folder, rank=0, world_size=1, grace=8.0) as watch:
+    watch.alert = tracker.stalled
+    time.sleep(300)
+"""
+    done = run(program, str(tmp_path))
+    assert done.returncode == 124
+    assert "scalesnn: the training stands still: no step for 1 s" in done.stdout
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [("alert", 7), ("end", 7)]
+    assert str(tmp_path / "hang") in events[0]["text"]
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    alerts = [r.alert for r in read_records(log) if r.WhichOneof("record_type") == "alert"]
+    assert [alert.title for alert in alerts] == ["the training stands still"]
+
+
+def test_an_alert_that_hangs_itself_holds_nothing_up(tmp_path):
+    program = HANG.replace(
+        "    for _", "    watch.alert = lambda text: time.sleep(300)\n    for _"
+    )
+    assert "watch.alert" in program
+    assert run(program, str(tmp_path)).returncode == 124
 
 
 HANG = """
@@ -138,7 +178,7 @@ from pathlib import Path
 from scalesnn.training.hang_watch import HangWatch
 dist.init_process_group("gloo"); rank = dist.get_rank()
 def slow_batch(): time.sleep(100)
-with HangWatch(3.0, Path({str(tmp_path)!r}), rank, 2, grace=1.5) as watch:
+with HangWatch(1.5, Path({str(tmp_path)!r}), rank, 2, grace=1.0) as watch:
     for step in range(3):
         dist.all_reduce(torch.ones(1)); watch.tick()
     if rank == 1: slow_batch()
