@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format lock clean gpu-check kernel-report mutants cluster-tests benchmarks
+.PHONY: help install train test lint format lock clean gpu-check kernel-report mutants cluster-tests kill-tests benchmarks
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -46,6 +46,9 @@ mutants: install ## change the kernels' source in every place; the tests must no
 
 cluster-tests: install ## every test on a real Slurm, with the long ones that `make test` leaves out
 	SCALESNN_CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster --timeout=1200
+
+kill-tests: install ## kill a training 30 times at random moments, at least 10 of them amid writing (long)
+	SCALESNN_KILLS=30 $(BIN)/python -m pytest tests/parallel/test_kill.py
 
 benchmarks: install ## every claim of the docs, measured anew into benchmarks/results (about 30 minutes)
 	for claim in saved_bytes step_time peak_memory memory_peak data_throughput strategies tracking_overhead spike_counts whole_run; do \

@@ -90,11 +90,7 @@ class DeepSpeedStrategy(Strategy):
     @property
     def amp_dtype(self) -> torch.dtype | None:
         section = self.config.get("torch_autocast") or {}
-        if not section.get("enabled"):
-            return None
-        return {"float16": torch.float16, "fp16": torch.float16}.get(
-            str(section.get("dtype")), torch.bfloat16
-        )
+        return torch.bfloat16 if section.get("enabled") else None
 
     def _prepare(self, make_optimizer: MakeOptimizer, make_scheduler: MakeScheduler) -> None:
         import deepspeed

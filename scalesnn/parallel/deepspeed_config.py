@@ -129,6 +129,12 @@ def check_sections(config: dict[str, Any], args: Any, explicit: set[str], path: 
                 f"{path}: DeepSpeed's {section} section turns BatchNorm's weights to half precision, and its "
                 'statistics with them; write "torch_autocast": {"enabled": true, "dtype": "bfloat16"} instead'
             )
+    autocast = config.get("torch_autocast")
+    if isinstance(autocast, dict) and str(autocast.get("dtype")).replace("torch.", "") in ("float16", "fp16"):
+        raise UserError(
+            f"{path}: torch_autocast.dtype {autocast['dtype']} needs its gradients scaled, which scalesnn "
+            'does not do; write "bfloat16", which has the range of float32'
+        )
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         stage = zero.get("stage") if isinstance(zero, dict) else zero

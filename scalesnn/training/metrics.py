@@ -72,10 +72,6 @@ class Averages:
         """Start anew."""
         self.sums.zero_()
 
-    def state(self) -> list[float]:
-        """What ``restore`` takes."""
-        return self.sums.tolist()
-
     def restore(self, state: list[float]) -> None:
-        """Go on from a ``state``."""
+        """Go on from ``sums.tolist()``."""
         self.sums.copy_(torch.tensor(state, dtype=torch.float64))

@@ -57,9 +57,7 @@ with HangWatch(1.0, folder, rank=0, world_size=1, grace=8.0) as watch:
 
 
 def test_an_alert_that_hangs_itself_holds_nothing_up(tmp_path):
-    program = HANG.replace(
-        "    for _", "    watch.alert = lambda text: time.sleep(300)\n    for _"
-    )
+    program = HANG.replace("    for _", "    watch.alert = lambda text: time.sleep(300)\n    for _")
     assert "watch.alert" in program
     assert run(program, str(tmp_path)).returncode == 124
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 from torch import nn
 
@@ -219,6 +220,19 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert "step_00000002 is damaged" in said[0]
     assert "step_00000001" in said[-1]
     assert not (tmp_path / "sentinel").exists()
+
+
+def test_training_refuses_a_damaged_checkpoint_with_exit_code_2(folder: Path, tmp_path: Path) -> None:
+    """The command as a user gives it: one line, no traceback, nothing trained."""
+    images = small_runs.make_images(tmp_path / "images", 4, 1)
+    checkpoint = folder / "step_00000002"
+    flip(shard(checkpoint), -9)
+    done = small_runs.run("--data-path", images, "--output-dir", tmp_path / "runs", "--resume", checkpoint)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    reason = "rank_00000.safetensors does not match its checksum"
+    assert line == f"scalesnn: checkpoint {checkpoint} cannot be used: {reason}"
+    assert not list((tmp_path / "runs").glob("*/metrics.jsonl"))
 
 
 def test_all_checkpoints_damaged_is_an_error(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 WORKER = Path(__file__).with_name("kill_worker.py")
-# SCALESNN_KILLS=30 makes this the long form.
+# `make kill-tests` is the long form, with 30.
 KILLS = int(os.environ.get("SCALESNN_KILLS", "6"))
 
 

@@ -145,6 +145,7 @@ def test_same_value_in_both_is_fine() -> None:
     [
         ({"bf16": {"enabled": True}}, "torch_autocast"),
         ({"fp16": {"enabled": True}}, "torch_autocast"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, 'write "bfloat16"'),
         ({"zero_optimization": {"stage": 4}}, "must be 0, 1, 2 or 3, got 4"),
         ({"zero_optimization": 2}, "must be 0, 1, 2 or 3, got 2"),
         ({"train_micro_batch_size_per_gpu": 0}, "at least 1, got 0"),

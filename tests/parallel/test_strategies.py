@@ -104,8 +104,8 @@ def test_offload_to_host_memory_changes_nothing(runs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", SPLIT)
 def test_accumulated_batches_equal_one_large_batch(runs: dict[str, Any], name: str) -> None:
     found = runs[f"{name} accumulated"]
-    assert_same_trace(found["losses"][:5], runs["single group"]["losses"][:5], 1e-5)
-    assert_same_trace(found["losses"], runs["ddp accumulated"]["losses"], 1e-5)
+    assert len(found["losses"]) == 20
+    assert_same_trace(found["losses"], runs["single group"]["losses"], 1e-6)
 
 
 def test_static_graph_changes_nothing(runs: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ def test_averages_weigh_by_images_and_go_on_after_a_restore():
     first = Averages(("loss", "acc1"), torch.device("cpu"))
     first.add({"loss": torch.tensor(1.0), "acc1": torch.tensor(50.0)}, 30)
     second = Averages(("loss", "acc1"), torch.device("cpu"))
-    second.restore(first.state())
+    second.restore(first.sums.tolist())
     second.add({"loss": torch.tensor(4.0), "acc1": torch.tensor(100.0)}, 10)
     assert second.means() == {"loss": pytest.approx(1.75), "acc1": pytest.approx(62.5)}
 
