@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -257,86 +258,69 @@ class IFNode(BaseNode):
         self.v = self.v + x
 
 
-class LIFNode(BaseNode):
+class _LeakyNode(BaseNode):
+    """What LIF and parametric LIF share."""
+
+    def __init__(self, decay_input: bool, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.decay_input = decay_input
+
+    def _above_rest(self) -> Tensor | float:
+        """v - v_reset: what leaks away."""
+        return self.v - self.v_reset if self.v_reset else self.v
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows of it."""
+        return f"{super().extra_repr()}, tau={self._shown_tau()}, decay_input={self.decay_input}"
+
+    def _shown_tau(self) -> object:
+        raise NotImplementedError
+
+
+class LIFNode(_LeakyNode):
     """Leaky integrate and fire.
 
     Args:
         tau: membrane time constant, greater than 1.
         decay_input: divide the input by ``tau`` too.
-        others: see BaseNode.
+        others: BaseNode's, in its order.
     """
 
-    def __init__(
-        self,
-        tau: float = 2.0,
-        decay_input: bool = True,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: SurrogateFunctionBase | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "s",
-        backend: str = "auto",
-        store_v_seq: bool = False,
-    ) -> None:
-        super().__init__(
-            v_threshold, v_reset, surrogate_function, detach_reset, step_mode, backend, store_v_seq
-        )
+    def __init__(self, tau: float = 2.0, decay_input: bool = True, *others: Any, **named: Any) -> None:
+        super().__init__(decay_input, *others, **named)
         self.tau = _checked_tau(type(self).__name__, "tau", tau)
-        self.decay_input = decay_input
 
     def neuronal_charge(self, x: Tensor) -> None:
         """h = v + (x - (v - v_reset)) / tau, or with the input not divided."""
-        v = self.v
-        if self.v_reset:
-            v = v - self.v_reset
+        v = self._above_rest()
         self.v = self.v + (x - v) / self.tau if self.decay_input else self.v - v / self.tau + x
 
-    def extra_repr(self) -> str:
-        """What ``print(model)`` shows of it."""
-        return f"{super().extra_repr()}, tau={self.tau}, decay_input={self.decay_input}"
+    def _shown_tau(self) -> object:
+        return self.tau
 
 
-class ParametricLIFNode(BaseNode):
+class ParametricLIFNode(_LeakyNode):
     """Leaky integrate and fire whose time constant is learned: 1 / tau = sigmoid(w) (Fang et al. 2021).
 
     Args:
         init_tau: tau at the start, greater than 1. The parameter is ``w``, a scalar.
         decay_input: divide the input by tau too.
-        others: see BaseNode.
+        others: BaseNode's, in its order.
     """
 
-    def __init__(
-        self,
-        init_tau: float = 2.0,
-        decay_input: bool = True,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: SurrogateFunctionBase | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "s",
-        backend: str = "auto",
-        store_v_seq: bool = False,
-    ) -> None:
-        super().__init__(
-            v_threshold, v_reset, surrogate_function, detach_reset, step_mode, backend, store_v_seq
-        )
+    def __init__(self, init_tau: float = 2.0, decay_input: bool = True, *others: Any, **named: Any) -> None:
+        super().__init__(decay_input, *others, **named)
         init_tau = _checked_tau(type(self).__name__, "init_tau", init_tau)
-        self.decay_input = decay_input
         self.w = nn.Parameter(torch.tensor(-math.log(init_tau - 1)))
 
     def neuronal_charge(self, x: Tensor) -> None:
         """h as LIF's, with 1 / tau = sigmoid(w)."""
-        v = self.v
-        if self.v_reset:
-            v = v - self.v_reset
-        rate = self.w.sigmoid().to(x.dtype)
+        v, rate = self._above_rest(), self.w.sigmoid().to(x.dtype)
         self.v = self.v + (x - v) * rate if self.decay_input else self.v - v * rate + x
 
-    def extra_repr(self) -> str:
-        """What ``print(model)`` shows of it."""
+    def _shown_tau(self) -> object:
         w = self.w.detach()  # held by another rank where it is empty (ZeRO-3)
-        tau = f"{1 / w.sigmoid().item():.6g}" if w.numel() else "elsewhere"
-        return f"{super().extra_repr()}, tau={tau}, decay_input={self.decay_input}"
+        return f"{1 / w.sigmoid().item():.6g}" if w.numel() else "elsewhere"
 
 
 _FUSED_METHODS = ("neuronal_fire", "neuronal_reset", "single_step_forward", "_torch_multi_step", "prepare_v")

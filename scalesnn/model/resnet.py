@@ -69,10 +69,44 @@ def neuron_factory(spiking_neuron: Callable[..., nn.Module] | None, kwargs: Mapp
 
 
 class _Block(nn.Module):
-    """conv → BN → neuron, two or three times; the last with the shortcut."""
+    """conv → BN → neuron, two or three times; the last with the shortcut.
+
+    Args:
+        inplanes: channels of the input.
+        planes: the stage's width; the output has ``planes * expansion`` channels.
+        stride, groups, base_width, dilation: of the convolutions, as in torchvision.
+        downsample: the shortcut's convolution and normalisation; None: the identity.
+        norm_layer, make_neuron: make the normalisation layers and the neurons.
+    """
 
     expansion: ClassVar[int]
     downsample: nn.Sequential | None
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int,
+        downsample: nn.Sequential | None,
+        groups: int,
+        base_width: int,
+        dilation: int,
+        norm_layer: MakeNorm,
+        make_neuron: MakeNeuron,
+    ) -> None:
+        super().__init__()
+        convolutions = self.convolutions(inplanes, planes, stride, groups, base_width, dilation)
+        for number, conv in enumerate(convolutions, start=1):  # conv1, bn1, sn1, conv2, …
+            self.add_module(f"conv{number}", conv)
+            self.add_module(f"bn{number}", norm_layer(conv.out_channels))
+            self.add_module(f"sn{number}", make_neuron())
+        self.downsample = downsample
+
+    def convolutions(
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int
+    ) -> list[layer.Conv2d]:
+        """The branch's convolutions, in order."""
+        raise NotImplementedError
 
     def branch(self, x_TNCHW: Tensor, residual_TNCHW: Tensor | None = None) -> Tensor:
         """Spikes of the residual branch; ``residual`` is added before the last neuron."""
@@ -88,31 +122,20 @@ class BasicBlock(_Block):
 
     expansion = 1
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int,
-        downsample: nn.Sequential | None,
-        groups: int,
-        base_width: int,
-        dilation: int,
-        norm_layer: MakeNorm,
-        make_neuron: MakeNeuron,
-    ) -> None:
-        super().__init__()
+    def convolutions(
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int
+    ) -> list[layer.Conv2d]:
+        """The branch's convolutions, in order.
+
+        Raises:
+            UserError: groups, another width or dilation, which basic blocks do not have.
+        """
         if groups != 1 or base_width != 64 or dilation != 1:
             raise UserError(
                 "nets of basic blocks (18 and 34 layers) need groups=1, width_per_group=64 and no dilation, "
                 f"got groups={groups}, width_per_group={base_width}, dilation={dilation}"
             )
-        self.conv1 = conv3x3(inplanes, planes, stride)
-        self.bn1 = norm_layer(planes)
-        self.sn1 = make_neuron()
-        self.conv2 = conv3x3(planes, planes)
-        self.bn2 = norm_layer(planes)
-        self.sn2 = make_neuron()
-        self.downsample = downsample
+        return [conv3x3(inplanes, planes, stride), conv3x3(planes, planes)]
 
     def branch(self, x_TNCHW: Tensor, residual_TNCHW: Tensor | None = None) -> Tensor:
         """Spikes of the residual branch; ``residual`` is added before the last neuron."""
@@ -125,30 +148,16 @@ class Bottleneck(_Block):
 
     expansion = 4
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int,
-        downsample: nn.Sequential | None,
-        groups: int,
-        base_width: int,
-        dilation: int,
-        norm_layer: MakeNorm,
-        make_neuron: MakeNeuron,
-    ) -> None:
-        super().__init__()
+    def convolutions(
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int
+    ) -> list[layer.Conv2d]:
+        """The branch's convolutions, in order."""
         width = int(planes * (base_width / 64)) * groups
-        self.conv1 = conv1x1(inplanes, width)
-        self.bn1 = norm_layer(width)
-        self.sn1 = make_neuron()
-        self.conv2 = conv3x3(width, width, stride, groups, dilation)
-        self.bn2 = norm_layer(width)
-        self.sn2 = make_neuron()
-        self.conv3 = conv1x1(width, planes * self.expansion)
-        self.bn3 = norm_layer(planes * self.expansion)
-        self.sn3 = make_neuron()
-        self.downsample = downsample
+        return [
+            conv1x1(inplanes, width),
+            conv3x3(width, width, stride, groups, dilation),
+            conv1x1(width, planes * self.expansion),
+        ]
 
     def branch(self, x_TNCHW: Tensor, residual_TNCHW: Tensor | None = None) -> Tensor:
         """Spikes of the residual branch; ``residual`` is added before the last neuron."""
