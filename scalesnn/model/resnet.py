@@ -80,6 +80,12 @@ class _Block(nn.Module):
     """
 
     expansion: ClassVar[int]
+    conv1: nn.Module
+    bn1: nn.Module
+    sn1: nn.Module
+    conv2: nn.Module
+    bn2: nn.Module
+    sn2: nn.Module
     downsample: nn.Sequential | None
 
     def __init__(
@@ -147,6 +153,9 @@ class Bottleneck(_Block):
     """1 × 1, 3 × 3 and 1 × 1 convolutions; the stride is in the middle one, as in torchvision."""
 
     expansion = 4
+    conv3: nn.Module
+    bn3: nn.Module
+    sn3: nn.Module
 
     def convolutions(
         self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int

@@ -55,11 +55,11 @@ def sew_function(shortcut: Tensor, branch: Tensor, cnf: str) -> Tensor:
 class _SEWBlock(resnet._Block):
     """What makes a block a SEW block: the shortcut fires too, and meets the branch after its last neuron."""
 
-    def __init__(self, *args: Any, cnf: str, make_neuron: resnet.MakeNeuron, **kwargs: Any) -> None:
-        super().__init__(*args, make_neuron=make_neuron, **kwargs)
+    def __init__(self, *args: Any, cnf: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.cnf = cnf
         if self.downsample is not None:
-            self.downsample_sn = make_neuron()
+            self.downsample_sn = kwargs["make_neuron"]()
 
     def forward(self, x_TNCHW: Tensor) -> Tensor:
         """Spikes (or counts, with ADD) of shortcut and branch."""
