@@ -7,39 +7,23 @@ SpikingJelly's ``train_classify.Trainer`` (0.0.0.0.14), which follows torchvisio
 from __future__ import annotations
 
 import os
-import random
 import sys
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scalesnn import functional
 from scalesnn.base import UserError
 from scalesnn.data import add_data_arguments, open_data
 from scalesnn.doctor import add_preflight_argument, run_preflight
 from scalesnn.memory import add_memory_arguments
-from scalesnn.memory import prepare as prepare_memory
-from scalesnn.memory.fallback import Fallback
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
 from scalesnn.parallel.placement import add_placement_arguments, place_process
-from scalesnn.parallel.strategy import Strategy
 from scalesnn.parallel.topology import Topology
-from scalesnn.tracking import (
-    NullTracker,
-    SpikeMonitor,
-    StepProfiler,
-    StepTimer,
-    Tracker,
-    add_tracking_arguments,
-    create_tracker,
-)
+from scalesnn.tracking import add_tracking_arguments
 from scalesnn.training import loop
 from scalesnn.training.arguments import (
     RecipeParser,
@@ -48,16 +32,15 @@ from scalesnn.training.arguments import (
     add_run_arguments,
     check_arguments,
 )
-from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.elastic import add_elastic_arguments, apply_global_batch
-from scalesnn.training.ema import ModelEma, adjusted_decay
+from scalesnn.training.ema import ModelEma
 from scalesnn.training.hang_watch import HangWatch, add_hang_arguments
 from scalesnn.training.loop import Run
 from scalesnn.training.metrics import accuracy
+from scalesnn.training.opening import build_model, choose_run_folder, open_run, set_deterministic
 from scalesnn.training.optimizers import make_optimizer, make_scheduler, parameter_groups
-from scalesnn.training.preemption import Preemption, add_preemption_arguments, is_restart, job_run_name
+from scalesnn.training.preemption import Preemption, add_preemption_arguments
 from scalesnn.training.rank_logs import RankLog
-from scalesnn.training.run_folder import choose_folder, describe_run, write_config
 from scalesnn.training.user_data import as_data
 
 __all__ = ["Trainer", "set_deterministic"]
@@ -220,7 +203,7 @@ class Trainer:
         self.device = strategy.setup_device(args.device)
         if args.preflight:
             run_preflight(args, self.topology, strategy.store)
-        folder = self._choose_folder(args, strategy)
+        folder = choose_run_folder(self, args, strategy)
         if args.print_logdir:
             if strategy.is_main:
                 print(folder / "tb", folder / "checkpoints", sep="\n")
@@ -233,7 +216,7 @@ class Trainer:
             watch = HangWatch(args.hang_timeout, folder, strategy.rank, strategy.world_size)
             data = as_data(self.load_data(args), args, self.device)
             stack.callback(data.close)
-            model = self._make_model(args, data, strategy)
+            model = build_model(self, args, data, strategy)
             strategy.prepare(
                 model,
                 lambda m: self.set_optimizer(
@@ -241,7 +224,7 @@ class Trainer:
                 ),
                 lambda optimizer: self.set_lr_scheduler(args, optimizer),
             )
-            self.run = self._start(args, folder, strategy, data, preemption, watch)
+            self.run = open_run(args, folder, strategy, data, preemption, watch)
             stack.callback(self.run.tracker.close, {"state": "failed"})  # unless it is closed by then
             stack.callback(self.run.profiler.close)
             stack.enter_context(watch)
@@ -249,141 +232,6 @@ class Trainer:
         strategy.close()
         if code:
             raise SystemExit(code)
-
-    def _choose_folder(self, args: Any, strategy: Strategy) -> Path:
-        """The run's folder, chosen on rank 0 for all; a job that Slurm started again finds its own."""
-        if is_restart() and args.resume is None:
-            args.resume = "latest"
-        name = args.run_name or job_run_name() or self.get_tb_logdir_name(args)
-        folder = None
-        if strategy.is_main:
-            folder = str(choose_folder(args.output_dir, name, resume=args.resume, clean=args.clean))
-        return Path(strategy.gather_objects(folder)[0])
-
-    def _make_model(self, args: Any, data: Any, strategy: Strategy) -> nn.Module:
-        """``load_model`` and the memory policy, refused where the network could not take its input.
-
-        Raises:
-            UserError: neurons in step mode 's' for a sequence [T, N, C, H, W], or another number of channels
-                than the first convolution takes.
-        """
-        frames = getattr(data, "frames_shape", None)  # [T, C, H, W] of event frames
-        if frames is not None and hasattr(args, "T"):
-            if "T" in args.explicit and frames[0] != args.T:
-                raise UserError(f"--T {args.T}, but the frames have {frames[0]} time-steps: leave --T out")
-            args.T = frames[0]
-        model = self.load_model(args, len(data.classes))
-        shape = frames or (3, args.train_crop_size, args.train_crop_size)
-        probe = self.preprocess_train_sample(args, torch.zeros(1, *shape))
-        if probe.ndim == 5:
-            functional.check_step_mode(model, "m")
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is not None and first.in_channels != probe.shape[-3]:
-            raise UserError(
-                f"the data has {probe.shape[-3]} channels, but the network's first convolution takes "
-                f"{first.in_channels}: build one that fits in load_model"
-            )
-        time_steps = [probe.shape[0]] if probe.ndim == 5 else []
-        data.notices += prepare_memory(
-            args,
-            model,
-            [*time_steps, args.batch_size, *probe.shape[-3:]],
-            strategy.sharding,
-            strategy.world_size,
-            self.device,
-        )
-        return model.to(memory_format=torch.channels_last)
-
-    def _start(
-        self, args: Any, folder: Path, strategy: Strategy, data: Any, preemption: Preemption, watch: HangWatch
-    ) -> Run:
-        """Open the run: restore what --resume names, then let the tracker begin."""
-        global_batch = args.batch_size * strategy.world_size
-        ema = None
-        if args.model_ema:
-            decay = adjusted_decay(
-                args.model_ema_decay,
-                global_batch=global_batch * strategy.accumulation,
-                steps=args.model_ema_steps,
-                epochs=args.epochs,
-            )
-            ema = ModelEma(strategy, decay, args.model_ema_steps)
-        notices = list(data.notices)
-        checkpoints = CheckpointManager(
-            folder / "checkpoints",
-            strategy,
-            args.keep_checkpoints,
-            ema=ema,
-            background=args.background_checkpoints,
-            notice=notices.append,
-        )
-        extra: dict[str, Any] = {}
-        progress = Progress(epoch=args.start_epoch)
-        if args.resume == "latest" and checkpoints.latest() is None:
-            notices.append(f"--resume latest: nothing to resume in {folder}, so this run starts fresh")
-        elif args.resume is not None:
-            progress, extra = checkpoints.load(args.resume)
-            notices.append(f"resumed from {args.resume}: epoch {progress.epoch}, step {progress.step}")
-        progress = progress.moved_to(global_batch)
-        preemption.check_progress(strategy, folder, progress.step)
-        tracker: Tracker | NullTracker = NullTracker()
-        if strategy.is_main:
-            config = describe_run(
-                args,
-                strategy.module,
-                strategy=strategy.name,
-                world_size=strategy.world_size,
-                data_fingerprint=getattr(data, "fingerprint", None),
-            )
-            print(strategy.module)
-            if not args.test_only:
-                write_config(folder, config)
-                tracker = create_tracker(
-                    args,
-                    folder,
-                    config,
-                    resumed=progress.step > 0,
-                    total_steps=total_steps(args, len(data.train), strategy.accumulation),
-                    first_step=progress.step,
-                )
-            for notice in notices:
-                tracker.notice(notice)
-            watch.alert = tracker.stalled
-            strategy.notice = partial(tracker.alert, "gradients are not finite")
-        timer = StepTimer(
-            self.device,
-            world_size=strategy.world_size,
-            time_steps=getattr(args, "T", None) or 1,
-            hours_before=tracker.last("device_hours"),
-        )
-        timer.watch_communication(strategy.module)
-        spikes = SpikeMonitor(strategy.module, args.spike_metrics_every, looks=strategy.is_main)
-        profiler = StepProfiler(
-            args.profile if strategy.is_main else 0, folder / "profile", tracker.notice, self.device
-        )
-        fallback = Fallback(strategy.module, getattr(args, "T", None), strategy.any_rank, tracker.notice)
-        run = Run(
-            args,
-            folder,
-            self.device,
-            strategy,
-            data,
-            tracker,
-            checkpoints,
-            progress,
-            timer,
-            spikes,
-            profiler,
-            fallback,
-            preemption,
-            watch,
-            ema,
-        )
-        if extra.get("averages"):
-            run.averages = loop.Averages(loop.NAMES, self.device)
-            if strategy.is_main:  # the sums of all ranks, counted once
-                run.averages.restore(extra["averages"])
-        return run
 
     def _train(self, args: Any) -> int:
         """Epoch after epoch until --epochs, --max-steps or a signal; returns the exit code."""
@@ -467,26 +315,6 @@ class Trainer:
             args, criterion, {"epoch": self.run.progress.epoch, "step": self.run.progress.step}
         )
         return 0
-
-
-def total_steps(args: Any, batches: int, accumulation: int) -> int:
-    """Optimizer steps of the whole run."""
-    steps = (args.epochs - args.start_epoch) * (batches // accumulation)
-    return min(steps, args.max_steps) if args.max_steps else steps
-
-
-def set_deterministic(seed: int, disable_uda: bool = False) -> None:
-    """Seed every generator, and have torch use deterministic algorithms only, unless ``disable_uda``."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = not disable_uda
-    torch.backends.cudnn.benchmark = disable_uda
-    if not disable_uda:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # filling memory before use finds bugs of operators, and costs time at every step
-        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""Opening a run: its folder, its network, and all that lives as long as it does."""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from scalesnn import functional
+from scalesnn.base import UserError
+from scalesnn.memory import prepare as prepare_memory
+from scalesnn.memory.fallback import Fallback
+from scalesnn.parallel.strategy import Strategy
+from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker, create_tracker
+from scalesnn.training.checkpoint import CheckpointManager, Progress
+from scalesnn.training.ema import ModelEma, adjusted_decay
+from scalesnn.training.hang_watch import HangWatch
+from scalesnn.training.loop import NAMES, Run
+from scalesnn.training.metrics import Averages
+from scalesnn.training.preemption import Preemption, is_restart, job_run_name
+from scalesnn.training.run_folder import choose_folder, describe_run, write_config
+
+if TYPE_CHECKING:
+    from scalesnn.model.train_classify import Trainer
+
+__all__ = ["build_model", "choose_run_folder", "open_run", "set_deterministic", "total_steps"]
+
+
+def set_deterministic(seed: int, disable_uda: bool = False) -> None:
+    """Seed every generator, and have torch use deterministic algorithms only, unless ``disable_uda``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = not disable_uda
+    torch.backends.cudnn.benchmark = disable_uda
+    if not disable_uda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # filling memory before use finds bugs of operators, and costs time at every step
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+
+
+def choose_run_folder(trainer: Trainer, args: Any, strategy: Strategy) -> Path:
+    """The run's folder, chosen on rank 0 for all; a job that Slurm started again finds its own."""
+    if is_restart() and args.resume is None:
+        args.resume = "latest"
+    name = args.run_name or job_run_name() or trainer.get_tb_logdir_name(args)
+    folder = None
+    if strategy.is_main:
+        folder = str(choose_folder(args.output_dir, name, resume=args.resume, clean=args.clean))
+    return Path(strategy.gather_objects(folder)[0])
+
+
+def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> nn.Module:
+    """``load_model`` and the memory policy, refused where the network could not take its input.
+
+    Raises:
+        UserError: neurons in step mode 's' for a sequence [T, N, C, H, W], or another number of channels
+            than the first convolution takes.
+    """
+    frames = getattr(data, "frames_shape", None)  # [T, C, H, W] of event frames
+    if frames is not None and hasattr(args, "T"):
+        if "T" in args.explicit and frames[0] != args.T:
+            raise UserError(f"--T {args.T}, but the frames have {frames[0]} time-steps: leave --T out")
+        args.T = frames[0]
+    model = trainer.load_model(args, len(data.classes))
+    shape = frames or (3, args.train_crop_size, args.train_crop_size)
+    probe = trainer.preprocess_train_sample(args, torch.zeros(1, *shape))
+    if probe.ndim == 5:
+        functional.check_step_mode(model, "m")
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != probe.shape[-3]:
+        raise UserError(
+            f"the data has {probe.shape[-3]} channels, but the network's first convolution takes "
+            f"{first.in_channels}: build one that fits in load_model"
+        )
+    time_steps = [probe.shape[0]] if probe.ndim == 5 else []
+    data.notices += prepare_memory(
+        args,
+        model,
+        [*time_steps, args.batch_size, *probe.shape[-3:]],
+        strategy.sharding,
+        strategy.world_size,
+        trainer.device,
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def open_run(
+    args: Any, folder: Path, strategy: Strategy, data: Any, preemption: Preemption, watch: HangWatch
+) -> Run:
+    """Open the run: restore what --resume names, then let the tracker begin."""
+    global_batch = args.batch_size * strategy.world_size
+    ema = None
+    if args.model_ema:
+        decay = adjusted_decay(
+            args.model_ema_decay,
+            global_batch=global_batch * strategy.accumulation,
+            steps=args.model_ema_steps,
+            epochs=args.epochs,
+        )
+        ema = ModelEma(strategy, decay, args.model_ema_steps)
+    notices = list(data.notices)
+    checkpoints = CheckpointManager(
+        folder / "checkpoints",
+        strategy,
+        args.keep_checkpoints,
+        ema=ema,
+        background=args.background_checkpoints,
+        notice=notices.append,
+    )
+    extra: dict[str, Any] = {}
+    progress = Progress(epoch=args.start_epoch)
+    if args.resume == "latest" and checkpoints.latest() is None:
+        notices.append(f"--resume latest: nothing to resume in {folder}, so this run starts fresh")
+    elif args.resume is not None:
+        progress, extra = checkpoints.load(args.resume)
+        notices.append(f"resumed from {args.resume}: epoch {progress.epoch}, step {progress.step}")
+    progress = progress.moved_to(global_batch)
+    preemption.check_progress(strategy, folder, progress.step)
+    tracker: Tracker | NullTracker = NullTracker()
+    if strategy.is_main:
+        config = describe_run(
+            args,
+            strategy.module,
+            strategy=strategy.name,
+            world_size=strategy.world_size,
+            data_fingerprint=getattr(data, "fingerprint", None),
+        )
+        print(strategy.module)
+        if not args.test_only:
+            write_config(folder, config)
+            tracker = create_tracker(
+                args,
+                folder,
+                config,
+                resumed=progress.step > 0,
+                total_steps=total_steps(args, len(data.train), strategy.accumulation),
+                first_step=progress.step,
+            )
+        for notice in notices:
+            tracker.notice(notice)
+        watch.alert = tracker.stalled
+        strategy.notice = partial(tracker.alert, "gradients are not finite")
+    timer = StepTimer(
+        strategy.device,
+        world_size=strategy.world_size,
+        time_steps=getattr(args, "T", None) or 1,
+        hours_before=tracker.last("device_hours"),
+    )
+    timer.watch_communication(strategy.module)
+    spikes = SpikeMonitor(strategy.module, args.spike_metrics_every, looks=strategy.is_main)
+    profiler = StepProfiler(
+        args.profile if strategy.is_main else 0, folder / "profile", tracker.notice, strategy.device
+    )
+    fallback = Fallback(strategy.module, getattr(args, "T", None), strategy.any_rank, tracker.notice)
+    run = Run(
+        args,
+        folder,
+        strategy.device,
+        strategy,
+        data,
+        tracker,
+        checkpoints,
+        progress,
+        timer,
+        spikes,
+        profiler,
+        fallback,
+        preemption,
+        watch,
+        ema,
+    )
+    if extra.get("averages"):
+        run.averages = Averages(NAMES, strategy.device)
+        if strategy.is_main:  # the sums of all ranks, counted once
+            run.averages.restore(extra["averages"])
+    return run
+
+
+def total_steps(args: Any, batches: int, accumulation: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = (args.epochs - args.start_epoch) * (batches // accumulation)
+    return min(steps, args.max_steps) if args.max_steps else steps
