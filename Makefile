@@ -23,7 +23,7 @@ $(INSTALLED): requirements/tested$(if $(filter 12,$(CUDA)),-cuda12).txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the tested versions into $(VENV) (once; about 7 GB)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/installer.txt
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync -q $< requirements/installer.txt
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync -q --compile-bytecode $< requirements/installer.txt
 	@touch $@
 
 train: install ## train a spiking ResNet-18 with DeepSpeed ZeRO-2 on the shipped images

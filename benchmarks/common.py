@@ -4,15 +4,31 @@ by side."""
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Callable
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RESULTS", "machine", "make_ours", "make_spikingjelly", "save", "static_images", "training_step"]
+__all__ = [
+    "RESULTS",
+    "in_turn",
+    "machine",
+    "make_ours",
+    "make_spikingjelly",
+    "peak_above",
+    "resident",
+    "save",
+    "static_images",
+    "training_step",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,6 +55,56 @@ def save(name: str, record: dict[str, Any]) -> Path:
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
     return path
+
+
+def in_turn(
+    script: str, contenders: Sequence[str], rounds: int, environment: Mapping[str, str] | None = None
+) -> dict[str, list[Any]]:
+    """What ``script --only CONTENDER`` prints as JSON in its last line, in a process of its own for each,
+    round after round; one that fails is named and has fewer values.
+    """
+    results: dict[str, list[Any]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, values in results.items():
+            command = [sys.executable, script, *sys.argv[1:], "--only", name]
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                env={**os.environ, **(environment or {})},
+            )
+            if done.returncode:
+                print(f"{name}: failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+                continue
+            values.append(json.loads(done.stdout.splitlines()[-1]))
+            print(name, values[-1], flush=True)
+    return results
+
+
+def resident() -> int:
+    """Resident bytes of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_above(run: Callable[[], Any], every_s: float = 0.0005) -> int:
+    """By how many bytes resident memory rises above what it is now while ``run`` runs."""
+    loaded = peak = resident()
+    over = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(every_s):
+            peak = max(peak, resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        run()
+    finally:
+        over.set()
+        thread.join()
+    return peak - loaded
 
 
 def make_ours(net: str = "spiking_resnet18", **kwargs: Any) -> nn.Module:

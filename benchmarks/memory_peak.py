@@ -13,20 +13,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import threading
 import time
 from typing import Any
 
 import torch
-from common import machine, make_ours, make_spikingjelly, save, static_images, training_step
-from peak_memory import resident
+from common import (
+    in_turn,
+    machine,
+    make_ours,
+    make_spikingjelly,
+    peak_above,
+    save,
+    static_images,
+    training_step,
+)
 
 __all__ = ["main", "measure"]
 
-ENVIRONMENT = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back to the system
 
 
 def contender(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
@@ -58,26 +62,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     training_step(model, warm_x, warm_y, reset)
     model.zero_grad(set_to_none=True)
     x, y = static_images(args.T, args.batch_size, args.size, channels_last=ours)
-    loaded = peak = resident()
-    running = True
-
-    def watch() -> None:
-        nonlocal peak
-        while running:
-            peak = max(peak, resident())
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    training_step(model, x, y, reset)
-    running = False
-    thread.join()
+    peak = peak_above(lambda: training_step(model, x, y, reset))
     seconds = []
     for _ in range(args.timed):
         start = time.process_time()
         training_step(model, x, y, reset)
         seconds.append(time.process_time() - start)
-    return {"peak": peak - loaded, "seconds": min(seconds, default=0.0)}
+    return {"peak": peak, "seconds": min(seconds, default=0.0)}
 
 
 def main() -> None:
@@ -110,16 +101,7 @@ def main() -> None:
     if args.only:
         print(json.dumps(measure(args.only, args)))
         return
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.contenders}
-    for _ in range(args.rounds):
-        for name, values in results.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
-            if done.returncode:
-                print(f"{name}: failed: {done.stderr.strip().splitlines()[-1:]}")
-                continue
-            values.append(json.loads(done.stdout.splitlines()[-1]))
-            print(name, values[-1], flush=True)
+    results = in_turn(__file__, args.contenders, args.rounds, ENVIRONMENT)
     record: dict[str, Any] = {"machine": machine(), "arguments": vars(args), "contenders": {}}
     best = {
         name: {key: min(v[key] for v in values) for key in ("peak", "seconds")}

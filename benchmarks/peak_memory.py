@@ -10,20 +10,17 @@ Writes benchmarks/results/peak_memory.json.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 
-from common import machine, make_ours, make_spikingjelly, save, static_images, training_step
-
-PAGE = 4096
-
-
-def resident() -> int:
-    """Resident bytes of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+from common import (
+    in_turn,
+    machine,
+    make_ours,
+    make_spikingjelly,
+    peak_above,
+    save,
+    static_images,
+    training_step,
+)
 
 
 def measure(contender: str, args: argparse.Namespace) -> None:
@@ -43,21 +40,7 @@ def measure(contender: str, args: argparse.Namespace) -> None:
     warm_x, warm_y = static_images(2, 1, 32, channels_last=last)
     training_step(model, warm_x, warm_y, reset)  # code, thread pools, gradients of the parameters
     x, y = static_images(args.T, args.batch_size, args.size, channels_last=last)
-    loaded = resident()
-    peak, running = loaded, True
-
-    def watch() -> None:
-        nonlocal peak
-        while running:
-            peak = max(peak, resident())
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    training_step(model, x, y, reset)
-    running = False
-    thread.join()
-    print(peak - loaded)
+    print(peak_above(lambda: training_step(model, x, y, reset)))
 
 
 def main() -> None:
@@ -74,12 +57,7 @@ def main() -> None:
     if args.only:
         measure(args.only, args)
         return
-    peaks: dict[str, list[int]] = {"scalesnn": [], "spikingjelly": []}
-    for _ in range(args.rounds):
-        for contender, values in peaks.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", contender]
-            result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-            values.append(int(result.stdout.split()[-1]))
+    peaks = in_turn(__file__, ("scalesnn", "spikingjelly"), args.rounds)
     best = {name: min(values) for name, values in peaks.items()}
     for name, value in best.items():
         print(f"{name:14} {value / 2**20:7.0f} MiB above the model")
