@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimizer would, in every rank anew
 from torch import Tensor, nn
 
 from scalesnn import functional, layer, neuron, surrogate
