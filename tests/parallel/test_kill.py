@@ -13,7 +13,7 @@ import pytest
 
 WORKER = Path(__file__).with_name("kill_worker.py")
 # `make kill-tests` is the long form, with 30.
-KILLS = int(os.environ.get("SCALESNN_KILLS", "6"))
+KILLS = int(os.environ.get("SCALESNN_KILLS", "3"))
 
 
 def run(folder: Path, kills: int, seed: int) -> tuple[dict[str, Any], list[list[Any]]]:
