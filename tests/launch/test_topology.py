@@ -272,7 +272,8 @@ dist.init_process_group("gloo"); mesh = t.device_mesh("cpu")
 x = torch.ones(1) * (t.rank + 1); dist.all_reduce(x, group=mesh["shard"].get_group())
 line = f"{t.source} {t.rank} {t.world_size} {t.local_world_size} {tuple(mesh.shape)} {x.item()}"
 os.write(1, line.encode() + bytes([10]))
-dist.destroy_process_group()
+dist.barrier(); dist.destroy_process_group()
+os._exit(0)  # gloo's threads abort about 1 in 15 interpreter shutdowns here ("terminate called without ...")
 """
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -280,5 +281,5 @@ dist.destroy_process_group()
          sys.executable, "-c", program],
         capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n"))[1:] == [f"torchrun {r} 2 2 (1, 2) 3.0" for r in (0, 1)]
