@@ -112,23 +112,31 @@ class Conv2d(_StepLayer, nn.Conv2d):
 class MaxPool2d(_StepLayer, nn.MaxPool2d):
     """``torch.nn.MaxPool2d`` for [N, C, H, W] or [T, N, C, H, W]; torch's arguments, and ``step_mode``.
 
-    Where autograd records, the places of the maxima are kept in 2 bytes rather than 8. Maxima of spikes are
-    spikes.
+    Where autograd records, the places of the maxima are kept in 2 bytes rather than 8; of an input that is
+    known to be spikes only the bits are kept. Maxima of spikes are spikes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool every image."""
         largest = spikes.is_spikes(x)
         if self.step_mode == "m" and x.requires_grad and not self.return_indices and x.dim() == 5:
-            y = self._over_time(self._lean, x)
+            y = self._of_spikes(x) if largest and not _is_repeated(x) else self._over_time(self._lean, x)
         else:
             y = self._over_time(super().forward, x)
         return spikes.mark_spikes(y, largest) if largest and isinstance(y, Tensor) else y
 
     def _lean(self, x: Tensor) -> Tensor:
+        return ops.max_pool2d(x, *self._geometry())[0]
+
+    def _of_spikes(self, x: Tensor) -> Tensor:
+        bits = spikes.bits_of(x)
+        assert bits is not None
+        return ops.spike_max_pool2d(x.flatten(0, 1), *bits, *self._geometry()).unflatten(0, x.shape[:2])
+
+    def _geometry(self) -> tuple[list[int], list[int], list[int], list[int], bool]:
         sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
         kernel, stride, padding, dilation = ([s, s] if isinstance(s, int) else list(s) for s in sizes)
-        return ops.max_pool2d(x, kernel, stride, padding, dilation, self.ceil_mode)[0]
+        return kernel, stride, padding, dilation, self.ceil_mode
 
 
 class AvgPool2d(_StepLayer, nn.AvgPool2d):

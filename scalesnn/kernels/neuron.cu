@@ -110,6 +110,20 @@ DEVICE void from_real(float v, fp16& out) {
 #endif
 
 // ------------------------------------------------------------------------------------------------ tiles
+// Adds `value` to each lane whose bit is 1. `i` is a multiple of 32 at lane 0 on a CPU, where whole words are taken: the
+// lanes from n to the next multiple of 32 change too.
+template <class real>
+DEVICE void add_bits(const unsigned* row, i64 i, int n, real value, real* y) {
+#if GPU
+    if (n > 0) y[0] += ((row[i / 32] >> (i % 32)) & 1) ? value : real(0);
+#else
+    for (int first = 0; first < n; first += 32) {
+        const unsigned word = row[(i + first) / 32];
+        for (int bit = 0; bit < 32; bit++) y[first + bit] += ((word >> bit) & 1) ? value : real(0);
+    }
+#endif
+}
+
 // The tile's part of one step's input: normalised, residual added.
 template <class scalar, class real>
 DEVICE void load_input(const Unit& u, i64 t, i64 i, int n, const real* mean, const real* scale, const real* bias,
@@ -122,8 +136,7 @@ DEVICE void load_input(const Unit& u, i64 t, i64 i, int n, const real* mean, con
         FOR_LANES y[l] += to_real(residual[l]);
     }
     if (u.residual_bits) {
-        const unsigned* row = (const unsigned*)u.residual_bits + t * ((u.size + 31) / 32);
-        FOR_LANES y[l] += real((row[(i + l) / 32] >> ((i + l) % 32)) & 1);
+        add_bits((const unsigned*)u.residual_bits + t * ((u.size + 31) / 32), i, n, real(1), y);
     }
 }
 
@@ -354,11 +367,12 @@ template <class scalar>
 DEVICE unsigned plane_bit(scalar v, i64 plane) { return ((unsigned)(int)to_real(v) >> plane) & 1; }
 
 template <class scalar, class real>
-DEVICE void unpack_element(const Unit& u, i64 i) {
-    unsigned value = 0;
+DEVICE void unpack_tile(const Unit& u, i64 i, int n) {
+    real y[LANES] = {};
     for (i64 plane = 0; plane < u.steps; plane++)
-        value |= ((((const unsigned*)u.bits)[plane * ((u.size + 31) / 32) + i / 32] >> (i % 32)) & 1) << plane;
-    from_real(real((int)value), ((scalar*)u.spikes)[i]);
+        add_bits((const unsigned*)u.bits + plane * ((u.size + 31) / 32), i, n, real(1 << plane), y);
+    scalar* out = (scalar*)u.spikes + i;
+    FOR_LANES from_real(y[l], out[l]);
 }
 
 #if GPU
@@ -466,7 +480,7 @@ KERNEL(pack) {
 KERNEL(unpack) {
     MAKE_UNIT
     for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < u.size; i += (i64)gridDim.x * THREADS)
-        unpack_element<SCALAR, REAL>(u, i);
+        unpack_tile<SCALAR, REAL>(u, i, 1);
 }
 #endif
 
@@ -573,7 +587,7 @@ static void pack_cpu(const Unit& u, int threads) {
 
 template <class scalar, class real = typename RealOf<scalar>::type>
 static void unpack_cpu(const Unit& u, int threads) {
-    for_tiles(u, threads, [&](i64 i, int n) { FOR_LANES unpack_element<scalar, real>(u, i + l); });
+    for_tiles(u, threads, [&](i64 i, int n) { unpack_tile<scalar, real>(u, i, n); });
 }
 #endif
 

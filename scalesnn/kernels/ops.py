@@ -26,6 +26,7 @@ __all__ = [
     "normalise_backward_",
     "pack",
     "spike_conv2d",
+    "spike_max_pool2d",
     "unit",
     "unit_backward",
     "unpack",
@@ -656,3 +657,46 @@ def _pool_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 max_pool2d.register_autograd(_pool_gradients, setup_context=_pool_context)
+
+
+@torch.library.custom_op("scalesnn::spike_max_pool2d", mutates_args=())
+def spike_max_pool2d(
+    x: Tensor,
+    bits: Tensor,
+    planes: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    """``torch.nn.functional.max_pool2d`` of spikes: for backward only their ``bits`` are kept, from which the
+    places of the maxima are found again.
+
+    Args:
+        x: [N, C, H, W], dense, equal to ``unpack(bits, planes, …)``.
+        others: as torch's.
+    """
+    return torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)[0]
+
+
+@spike_max_pool2d.register_fake
+def _(x, bits, planes, kernel_size, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
+    return torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)[0]
+
+
+def _spike_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bits, ctx.planes, *ctx.geometry = inputs
+    ctx.shape, ctx.strides, ctx.dtype = tuple(x.shape), x.stride(), x.dtype
+    ctx.save_for_backward(bits)
+
+
+def _spike_pool_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (bits,) = ctx.saved_tensors
+    x = unpack(bits, ctx.planes, ctx.shape, ctx.strides, ctx.dtype)
+    _, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.geometry)
+    grad_x = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *ctx.geometry, indices)
+    return grad_x, None, None, None, None, None, None, None
+
+
+spike_max_pool2d.register_autograd(_spike_pool_gradients, setup_context=_spike_pool_context)

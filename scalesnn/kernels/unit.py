@@ -192,6 +192,7 @@ def neuron_surrogate(
     return surrogate_key(expression, tuple(parameters)), tuple(float(value) for value in parameters.values())
 
 
+@cache
 def backend_name(device: torch.device) -> str:
     """What the fused ops are on a device, for the log."""
     return (

@@ -92,17 +92,23 @@ def test_a_convolution_of_spikes_keeps_bits_and_has_torch_gradients(
 
 
 @pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("largest", [0, 1, 5])
 @pytest.mark.parametrize("kernel", [(3, 2, 1), (2, 2, 0)])
-def test_max_pool_keeps_two_bytes_a_maximum(last: bool, kernel: tuple[int, int, int]) -> None:
+def test_max_pool_keeps_bits_of_spikes_and_else_two_bytes_a_maximum(
+    last: bool, largest: int, kernel: tuple[int, int, int]
+) -> None:
     pool = layer.MaxPool2d(*kernel, step_mode="m")
     plain = torch.nn.MaxPool2d(*kernel)
-    a = spike_sequence(last=last).requires_grad_()
+    a = spike_sequence(last=last, largest=max(largest, 1)).requires_grad_()
     b = a.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    y, size = saved_bytes(lambda: pool(spikes.mark_spikes(a * 1.0)))
+    y, size = saved_bytes(lambda: pool(spikes.mark_spikes(a * 1.0, largest) if largest else a * 1.0))
     expected = plain(b.flatten(0, 1)).unflatten(0, b.shape[:2])
     assert torch.equal(y, expected)
-    assert spikes.is_spikes(y) == 1
-    assert size == y.numel() * 2
+    assert spikes.is_spikes(y) == largest
+    if largest:
+        assert size <= largest.bit_length() * (a.numel() / 8 + 4)
+    else:
+        assert size == y.numel() * 2
     weights = torch.randn_like(y)
     (y * weights).sum().backward()
     (expected * weights).sum().backward()
@@ -138,6 +144,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.scalesnn.pack.default, (x, 1))
     unpack = (bits, 1, list(x.shape), list(x.stride()), torch.float32)
     torch.library.opcheck(torch.ops.scalesnn.unpack.default, unpack)
+    pool = (x.clone().requires_grad_(), bits, 1, [3, 3], [2, 2], [1, 1], [1, 1], False)
+    torch.library.opcheck(torch.ops.scalesnn.spike_max_pool2d.default, pool)
     weight = torch.randn(5, 3, 3, 3, requires_grad=True)
     conv = (x.clone().requires_grad_(), bits, 1, weight, None, [1, 1], [1, 1], [1, 1], 1)
     torch.library.opcheck(torch.ops.scalesnn.spike_conv2d.default, conv)
