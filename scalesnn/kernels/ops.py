@@ -687,15 +687,21 @@ def _(x, bits, planes, kernel_size, stride, padding, dilation, ceil_mode):  # ty
 
 def _spike_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bits, ctx.planes, *ctx.geometry = inputs
-    ctx.shape, ctx.strides, ctx.dtype = tuple(x.shape), x.stride(), x.dtype
+    ctx.shape, ctx.strides = tuple(x.shape), x.stride()
     ctx.save_for_backward(bits)
 
 
 def _spike_pool_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (bits,) = ctx.saved_tensors
-    x = unpack(bits, ctx.planes, ctx.shape, ctx.strides, ctx.dtype)
-    _, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.geometry)
-    grad_x = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *ctx.geometry, indices)
+    grad_x = torch.empty_strided(ctx.shape, ctx.strides, dtype=grad.dtype, device=grad.device)
+    rows = bits.split(1) if ctx.planes == 0 else [bits]
+    images = ctx.shape[0] // len(rows)
+    shape = (images, *ctx.shape[1:])
+    for row, of_y, of_x in zip(rows, grad.split(images), grad_x.split(images), strict=True):
+        # a row at a time: all of x and of the int64 places would be the largest tensors of the step
+        x = unpack(row, ctx.planes, shape, ctx.strides, grad.dtype)
+        _, places = torch.ops.aten.max_pool2d_with_indices(x, *ctx.geometry)
+        of_x.copy_(torch.ops.aten.max_pool2d_with_indices_backward(of_y, x, *ctx.geometry, places))
     return grad_x, None, None, None, None, None, None, None
 
 

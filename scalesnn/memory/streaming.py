@@ -186,12 +186,11 @@ class _Pool(torch.autograd.Function):
         ctx.geometry = (*([s, s] if isinstance(s, int) else list(s) for s in sizes), pool.ceil_mode)
         ctx.x, ctx.options = x.same(), options
         packed, like = [], None
-        for a, b in spans(x.shape[0], options[0]):
-            images = x.make(a, b)
-            like, _ = torch.ops.aten.max_pool2d_with_indices(images.flatten(0, 1), *ctx.geometry)
-            like = like.unflatten(0, images.shape[:2])
-            packed += [ops.pack(step, 1) for step in like]
+        for t in range(x.shape[0]):
+            like, _ = torch.ops.aten.max_pool2d_with_indices(x.make(t, t + 1).flatten(0, 1), *ctx.geometry)
+            packed.append(ops.pack(like, 1))
         assert like is not None
+        like = like.unflatten(0, (1, -1))
         rows, step_shape, stride, dtype = torch.cat(packed), tuple(like.shape[1:]), like.stride(), like.dtype
 
         def make(a: int, b: int) -> Tensor:
@@ -207,13 +206,15 @@ class _Pool(torch.autograd.Function):
         x, geometry = ctx.x, ctx.geometry
 
         def make(a: int, b: int) -> Tensor:
-            images, of_grad = x.make(a, b), chunk_of(grad, a, b)
+            of_grad = chunk_of(grad, a, b)
             assert of_grad is not None
-            flat = images.flatten(0, 1)
-            _, indices = torch.ops.aten.max_pool2d_with_indices(flat, *geometry)
-            of_x = torch.ops.aten.max_pool2d_with_indices_backward(
-                of_grad.flatten(0, 1), flat, *geometry, indices
-            )
-            return of_x.unflatten(0, images.shape[:2])
+            of_x = torch.empty_strided((b - a, *x.shape[1:]), x.stride(), dtype=x.dtype, device=x.device)
+            for t in range(a, b):  # a step at a time: the int64 places are large
+                images = x.make(t, t + 1)[0]
+                _, places = torch.ops.aten.max_pool2d_with_indices(images, *geometry)
+                of_x[t - a] = torch.ops.aten.max_pool2d_with_indices_backward(
+                    of_grad[t - a], images, *geometry, places
+                )
+            return of_x
 
         return Lazy(tuple(x.shape), x.stride(), x.dtype, x.device, make, ctx.options), None, None
