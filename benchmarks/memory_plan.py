@@ -22,9 +22,13 @@ __all__ = ["CONFIGURATIONS", "main"]
 
 CONFIGURATIONS = [
     (net, T, policy)
-    for net, times in (("spiking_resnet18", (8, 16, 32)), ("spiking_resnet34", (16,)))
-    for T in times
-    for policy in ("none", "layer", "layer+time:4")
+    for net, T, policies in (
+        ("spiking_resnet18", 4, ("none", "layer", "block")),
+        ("spiking_resnet18", 24, ("none", "block", "time:6", "layer+time:8")),
+        ("spiking_resnet34", 8, ("none", "layer", "time:4")),
+        ("spiking_resnet50", 8, ("none", "layer", "block", "layer+time:4")),
+    )
+    for policy in policies
 ]
 
 

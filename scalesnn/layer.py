@@ -126,14 +126,15 @@ class MaxPool2d(_StepLayer, nn.MaxPool2d):
         return spikes.mark_spikes(y, largest) if largest and isinstance(y, Tensor) else y
 
     def _lean(self, x: Tensor) -> Tensor:
-        return ops.max_pool2d(x, *self._geometry())[0]
+        return ops.max_pool2d(x, *self.geometry())[0]
 
     def _of_spikes(self, x: Tensor) -> Tensor:
         bits = spikes.bits_of(x)
         assert bits is not None
-        return ops.spike_max_pool2d(x.flatten(0, 1), *bits, *self._geometry()).unflatten(0, x.shape[:2])
+        return ops.spike_max_pool2d(x.flatten(0, 1), *bits, *self.geometry()).unflatten(0, x.shape[:2])
 
-    def _geometry(self) -> tuple[list[int], list[int], list[int], list[int], bool]:
+    def geometry(self) -> tuple[list[int], list[int], list[int], list[int], bool]:
+        """Kernel size, stride, padding and dilation, each for height and width, and ceil_mode."""
         sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
         kernel, stride, padding, dilation = ([s, s] if isinstance(s, int) else list(s) for s in sizes)
         return kernel, stride, padding, dilation, self.ceil_mode

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from scalesnn.base import UserError
 from scalesnn.memory.policy import Policy, apply_policy
 
-__all__ = ["add_memory_arguments", "bytes_of", "prepare"]
+__all__ = ["Prepared", "add_memory_arguments", "bytes_of", "prepare"]
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -59,6 +61,21 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available * 0.95)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What ``prepare`` leaves for the run.
+
+    Attributes:
+        notices: lines for the log: the policy, and what ``auto`` expects of it.
+        planned_bytes: the predicted peak of a device, where ``auto`` has planned.
+        table: makes the plan's table of all policies; takes seconds.
+    """
+
+    notices: list[str]
+    planned_bytes: int | None
+    table: Callable[[], str]
+
+
 def prepare(
     args: argparse.Namespace,
     model: nn.Module,
@@ -66,7 +83,7 @@ def prepare(
     strategy_name: str,
     world_size: int,
     device: torch.device,
-) -> list[str]:
+) -> Prepared:
     """Give the net the policy of --activation-checkpoint, after ``load_model`` and before the strategy.
 
     Args:
@@ -74,23 +91,21 @@ def prepare(
         sample_shape: of the net's input for one batch, [T, N, C, H, W] (or [N, C, H, W]).
         strategy_name: single, ddp, zero0 … zero3 or fsdp.
 
-    Returns:
-        lines for the log: the policy, and what ``auto`` expects of it.
-
     Raises:
         UserError: no such policy; or ``auto`` and nothing fits: names the largest T and batch that would.
     """
-    text = args.activation_checkpoint
-    if text == "auto":
-        from scalesnn.memory.planner import choose
+    from scalesnn.memory.planner import choose, planner_of, table_of
 
-        budget = free_memory(device) if args.memory_budget == "auto" else bytes_of(args.memory_budget)
-        policy, notice = choose(args, model, sample_shape, strategy_name, world_size, device, budget)
+    text = args.activation_checkpoint
+    budget = free_memory(device) if args.memory_budget == "auto" else bytes_of(args.memory_budget)
+    planner = planner_of(args, model, sample_shape, strategy_name, world_size, device, budget)
+    table = partial(table_of, planner)
+    if text == "auto":
+        policy, peak, notice = choose(planner)
         apply_policy(model, policy)
-        return [notice]
+        return Prepared([notice], peak, table)
     policy = Policy.parse(text)
     if args.memory_budget != "auto":
-        bytes_of(args.memory_budget)
         raise UserError(f"--memory-budget needs --activation-checkpoint auto, got {text}")
     if policy.steps and len(sample_shape) != 5:
         raise UserError(f"--activation-checkpoint {text} cuts time, but the net's input has no time-steps")
@@ -102,4 +117,4 @@ def prepare(
         )
     if policy.detach:
         notices.append("detach: gradients do not pass chunk borders (truncated backpropagation through time)")
-    return notices
+    return Prepared(notices, None, table)

@@ -10,6 +10,7 @@ from torch import nn
 
 from scalesnn import functional
 from scalesnn.base import UserError
+from scalesnn.memory.planner import gib
 from scalesnn.memory.policy import Policy, apply_policy, policy_of
 
 __all__ = ["FIRST_STEPS", "Fallback", "is_out_of_memory"]
@@ -40,6 +41,7 @@ class Fallback:
         any_rank: whether a flag is set on any rank; collective.
         notice: where a line for the log goes.
         table: makes the plan's table for the error at the end.
+        planned: the predicted peak in bytes; logged beside ``measured()`` once the first steps are over.
 
     Forward and backward contain collectives of the strategy: a rank that runs out of memory between two of
     them leaves the others waiting in theirs. So with several ranks, memory that runs out in a part without
@@ -53,8 +55,11 @@ class Fallback:
         any_rank: Callable[[bool], bool],
         notice: Callable[[str], None],
         table: Callable[[], str] | None = None,
+        planned: int | None = None,
+        measured: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.model, self.any_rank, self.notice, self.table = model, any_rank, notice, table
+        self.planned, self.measured = planned, measured
         self.left = FIRST_STEPS
         self.next = list(ladder(policy_of(model), T))
 
@@ -79,6 +84,11 @@ class Fallback:
                 failed = True
             if not self.any_rank(failed):
                 self.left -= 1
+                if not self.left and self.planned is not None:
+                    self.notice(
+                        f"memory of the first {FIRST_STEPS} steps: peak {gib(self.measured())}, "
+                        f"predicted {gib(self.planned)}"
+                    )
                 return result  # type: ignore[return-value]
             self._restore(state, random_state)
             before = policy_of(self.model)
@@ -89,6 +99,7 @@ class Fallback:
                 )
             policy = self.next.pop(0)
             apply_policy(self.model, policy)
+            self.planned = None  # it was that of the other policy
             self.notice(f"out of memory with {before}: trying {policy} from the same batch")
 
     def _restore(

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from scalesnn.kernels import ops
 
-__all__ = ["Lazy", "chunk_of", "handle", "strides_of_sequence"]
+__all__ = ["Chunk", "Lazy", "chunk_of", "handle", "strides_of_sequence"]
 
 Chunk = Callable[[int, int], Tensor]
 ALIASES = ("aten::detach", "aten::alias", "aten::view", "aten::_unsafe_view")

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scalesnn import functional, neuron, surrogate
 from scalesnn.base import UserError
 from scalesnn.memory.arguments import bytes_of
-from scalesnn.memory.planner import OPTIMIZER_STATE, STRATEGIES, Plan, Planner, gib
+from scalesnn.memory.planner import OPTIMIZER_STATE, STRATEGIES, Planner, gib, table
 from scalesnn.memory.policy import Policy
 
-__all__ = ["add_plan_command", "table"]
+__all__ = ["add_plan_command"]
 
 NEURONS = {"IF": neuron.IFNode, "LIF": neuron.LIFNode, "PLIF": neuron.ParametricLIFNode}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -100,21 +100,3 @@ def run(args: argparse.Namespace) -> int:
         )
         print(table(plans))
     return 0 if any(plan.fits for plan in plans) else 1
-
-
-def table(plans: list[Plan]) -> str:
-    """The plans as a table of text."""
-    head = ["policy", "peak", "fits", "time", "activations", "kept", "parameters", "gradients", "optimizer"]
-    head += ["EMA", "input", "largest T", "largest batch"]
-    rows = [head]
-    for p in plans:
-        rows.append(
-            [str(p.policy), gib(p.peak), "yes" if p.fits else "no", f"{p.step_time:.2f} ×"]
-            + [
-                gib(b)
-                for b in (p.activations, p.saved, p.parameters, p.gradients, p.optimizer, p.ema, p.input)
-            ]
-            + [str(p.largest_T), str(p.largest_batch)]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)) for r in rows)

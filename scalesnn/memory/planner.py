@@ -20,7 +20,17 @@ from scalesnn.memory.blocks import residual_blocks
 from scalesnn.memory.policy import Policy
 from scalesnn.memory.trace import CPU, GPU, Device, Trace, fake_copy, trace
 
-__all__ = ["OPTIMIZER_STATE", "STRATEGIES", "Plan", "Planner", "choose", "gib"]
+__all__ = [
+    "OPTIMIZER_STATE",
+    "STRATEGIES",
+    "Plan",
+    "Planner",
+    "choose",
+    "gib",
+    "planner_of",
+    "table",
+    "table_of",
+]
 
 STRATEGIES = ("single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp")
 OPTIMIZER_STATE = {"sgd": 1, "sgd_nesterov": 1, "rmsprop": 2, "adamw": 2}  # tensors like the parameters
@@ -236,7 +246,7 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def choose(
+def planner_of(
     args: Any,
     model: nn.Module,
     sample_shape: Sequence[int],
@@ -244,14 +254,10 @@ def choose(
     world_size: int,
     device: torch.device,
     budget: int,
-) -> tuple[Policy, str]:
-    """The cheapest policy that fits ``budget``, and a line for the log.
-
-    Raises:
-        UserError: none fits; names the largest T and batch that would.
-    """
+) -> Planner:
+    """The planner of a training run, from its flags; makes a copy of the net that has sizes only."""
     amp = device.type == "cuda" and not getattr(args, "disable_amp", False)
-    planner = Planner(
+    return Planner(
         model,
         sample_shape,
         budget,
@@ -262,7 +268,15 @@ def choose(
         amp_dtype=torch.bfloat16 if amp else None,
         device_type=device.type,
     )
-    policy = planner.cheapest()
+
+
+def choose(planner: Planner) -> tuple[Policy, int, str]:
+    """The cheapest policy that fits the budget, its predicted peak in bytes, and a line for the log.
+
+    Raises:
+        UserError: none fits; names the largest T and batch that would.
+    """
+    budget, policy = planner.budget, planner.cheapest()
     if policy is None:
         least = planner.plan(min(planner.policies(), key=planner.peak))
         raise UserError(
@@ -271,7 +285,32 @@ def choose(
         )
     peak, none = planner.peak(policy), planner.trace(Policy())
     slower = planner.trace(policy).seconds(planner.device) / none.seconds(planner.device)
-    return policy, (
+    return (
+        policy,
+        peak,
         f"activation checkpointing: {policy}, predicted peak {gib(peak)} of {gib(budget)}, "
-        f"{slower:.2f} × the time of none"
+        f"{slower:.2f} × the time of none",
     )
+
+
+def table_of(planner: Planner) -> str:
+    """The table of all policies."""
+    return table([planner.plan(policy) for policy in planner.policies()])
+
+
+def table(plans: list[Plan]) -> str:
+    """The plans as a table of text."""
+    head = ["policy", "peak", "fits", "time", "activations", "kept", "parameters", "gradients", "optimizer"]
+    head += ["EMA", "input", "largest T", "largest batch"]
+    rows = [head]
+    for p in plans:
+        rows.append(
+            [str(p.policy), gib(p.peak), "yes" if p.fits else "no", f"{p.step_time:.2f} ×"]
+            + [
+                gib(b)
+                for b in (p.activations, p.saved, p.parameters, p.gradients, p.optimizer, p.ema, p.input)
+            ]
+            + [str(p.largest_T), str(p.largest_batch)]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)) for r in rows)

@@ -158,6 +158,8 @@ def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
         blocks.install(model)
     if policy.steps and not policy.chunk_norm:
         streaming.install(model)
+    elif policy.layer:
+        streaming.install_pools(model)
     return model
 
 

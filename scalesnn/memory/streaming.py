@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from scalesnn import layer
 from scalesnn.kernels import ops, spikes
-from scalesnn.memory.lazy import Lazy, chunk_of, spans, strides_of_sequence
+from scalesnn.memory.lazy import Chunk, Lazy, chunk_of, spans, strides_of_sequence
 from scalesnn.memory.rematerialise import KeptSpikes, ambient
 
 if TYPE_CHECKING:
     from scalesnn.memory.policy import Policy
 
-__all__ = ["install", "remove", "stream"]
+__all__ = ["install", "install_pools", "remove", "stream"]
 
 Options = tuple[int, bool, bool]  # steps, detach, keep the potentials at chunk borders
+Geometry = tuple[list[int], list[int], list[int], list[int], bool]
+LEAN: Options = (4, False, False)  # a gradient in chunks of 4 steps
 _active: list[Options] = []
 
 
@@ -34,10 +36,19 @@ def install(net: nn.Module) -> None:
                 module.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
 
 
-def remove(net: nn.Module) -> None:
-    """Undo ``install``."""
+def install_pools(net: nn.Module) -> None:
+    """For policy ``layer``: the gradient of a max-pool's spikes, the largest tensor of a step, is made in
+    chunks."""
     for module in net.modules():
-        if isinstance(module, _StreamedConv | _StreamedPool):
+        if isinstance(module, layer.MaxPool2d):
+            own = type(module)
+            module.__class__ = type(own.__name__, (_LeanPool, own), {"__module__": own.__module__})
+
+
+def remove(net: nn.Module) -> None:
+    """Undo ``install`` and ``install_pools``."""
+    for module in net.modules():
+        if isinstance(module, _StreamedConv | _StreamedPool | _LeanPool):
             module.__class__ = type(module).__mro__[2]
 
 
@@ -177,13 +188,24 @@ class _StreamedPool:
         return spikes.mark_spikes(y, 1, y.rows)
 
 
+class _LeanPool:
+    """Mixin put before a max-pool's class, for policy ``layer``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Torch's output; of dense spikes the gradient is Lazy."""
+        assert isinstance(self, layer.MaxPool2d)
+        known = spikes.bits_of(x) if spikes.is_spikes(x) == 1 and x.dim() == 5 and x.stride(0) else None
+        if not torch.is_grad_enabled() or known is None or known[1] or self.return_indices:
+            return super().forward(x)  # type: ignore[misc]
+        return spikes.mark_spikes(_PoolOfBits.apply(x, KeptSpikes(x), self.geometry()))
+
+
 class _Pool(torch.autograd.Function):
     """A max-pool of spikes, whose gradient is Lazy."""
 
     @staticmethod
     def forward(ctx: Any, x: Lazy, pool: layer.MaxPool2d, options: Options) -> Tensor:
-        sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-        ctx.geometry = (*([s, s] if isinstance(s, int) else list(s) for s in sizes), pool.ceil_mode)
+        ctx.geometry = pool.geometry()
         ctx.x, ctx.options = x.same(), options
         packed, like = [], None
         for t in range(x.shape[0]):
@@ -203,18 +225,39 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, geometry = ctx.x, ctx.geometry
+        return _gradient_of_pool(ctx.x.make, grad, ctx.x, ctx.geometry, ctx.options), None, None
 
-        def make(a: int, b: int) -> Tensor:
-            of_grad = chunk_of(grad, a, b)
-            assert of_grad is not None
-            of_x = torch.empty_strided((b - a, *x.shape[1:]), x.stride(), dtype=x.dtype, device=x.device)
-            for t in range(a, b):  # a step at a time: the int64 places are large
-                images = x.make(t, t + 1)[0]
-                _, places = torch.ops.aten.max_pool2d_with_indices(images, *geometry)
-                of_x[t - a] = torch.ops.aten.max_pool2d_with_indices_backward(
-                    of_grad[t - a], images, *geometry, places
-                )
-            return of_x
 
-        return Lazy(tuple(x.shape), x.stride(), x.dtype, x.device, make, ctx.options), None, None
+class _PoolOfBits(torch.autograd.Function):
+    """A max-pool of dense spikes, of which the bits are kept; its gradient is Lazy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: KeptSpikes, geometry: Geometry) -> Tensor:
+        ctx.kept, ctx.geometry = kept, geometry
+        y, _ = torch.ops.aten.max_pool2d_with_indices(x.flatten(0, 1), *geometry)
+        return y.unflatten(0, x.shape[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        kept = ctx.kept
+        like = torch.empty_strided(kept.shape, kept.stride, dtype=grad.dtype, device="meta")
+        return _gradient_of_pool(kept.steps, grad, like, ctx.geometry, LEAN), None, None
+
+
+def _gradient_of_pool(
+    images: Chunk, grad: Tensor, like: Tensor, geometry: Geometry, options: Options
+) -> Lazy:
+    """The gradient of a max-pool's input, which is like ``like`` and comes from ``images``."""
+    shape, stride, device = tuple(like.shape), like.stride(), grad.device
+
+    def make(a: int, b: int) -> Tensor:
+        of_y = chunk_of(grad, a, b)
+        assert of_y is not None
+        of_x = torch.empty_strided((b - a, *shape[1:]), stride, dtype=grad.dtype, device=device)
+        for t in range(a, b):  # a step at a time: the int64 places are large
+            x = images(t, t + 1)[0]
+            _, places = torch.ops.aten.max_pool2d_with_indices(x, *geometry)
+            of_x[t - a] = torch.ops.aten.max_pool2d_with_indices_backward(of_y[t - a], x, *geometry, places)
+        return of_x
+
+    return Lazy(shape, stride, grad.dtype, device, make, options)

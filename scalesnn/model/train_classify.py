@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scalesnn.base import UserError
 from scalesnn.data import add_data_arguments, open_data
 from scalesnn.doctor import add_preflight_argument, run_preflight
-from scalesnn.memory import add_memory_arguments
+from scalesnn.memory import add_memory_arguments, keep_freed_blocks
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
 from scalesnn.parallel.placement import add_placement_arguments, place_process
 from scalesnn.parallel.topology import Topology
@@ -201,6 +201,8 @@ class Trainer:
         apply_global_batch(args, self.topology.world_size)
         strategy = create_strategy(args, self.topology)
         self.device = strategy.setup_device(args.device)
+        if self.device.type == "cpu":
+            keep_freed_blocks()
         if args.preflight:
             run_preflight(args, self.topology, strategy.store)
         folder = choose_run_folder(self, args, strategy)
@@ -216,7 +218,7 @@ class Trainer:
             watch = HangWatch(args.hang_timeout, folder, strategy.rank, strategy.world_size)
             data = as_data(self.load_data(args), args, self.device)
             stack.callback(data.close)
-            model = build_model(self, args, data, strategy)
+            model, memory = build_model(self, args, data, strategy)
             strategy.prepare(
                 model,
                 lambda m: self.set_optimizer(
@@ -224,7 +226,7 @@ class Trainer:
                 ),
                 lambda optimizer: self.set_lr_scheduler(args, optimizer),
             )
-            self.run = open_run(args, folder, strategy, data, preemption, watch)
+            self.run = open_run(args, folder, strategy, data, memory, preemption, watch)
             stack.callback(self.run.tracker.close, {"state": "failed"})  # unless it is closed by then
             stack.callback(self.run.profiler.close)
             stack.enter_context(watch)

@@ -180,6 +180,8 @@ def log_step(run: Run, of_step: Averages, grad_norm: Tensor | float | None) -> N
         **run.timer.read(),
         **run.spikes.read(),
     }
+    if run.fallback.planned is not None:
+        record["memory/planned_bytes"] = float(run.fallback.planned)
     if grad_norm is not None:
         record["grad_norm"] = float(grad_norm)
     run.timer.flops_per_image = run.spikes.training_flops_per_image

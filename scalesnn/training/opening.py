@@ -14,10 +14,12 @@ from torch import nn
 
 from scalesnn import functional
 from scalesnn.base import UserError
+from scalesnn.memory import Prepared
 from scalesnn.memory import prepare as prepare_memory
 from scalesnn.memory.fallback import Fallback
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker, create_tracker
+from scalesnn.tracking.timer import peak_memory
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.ema import ModelEma, adjusted_decay
 from scalesnn.training.hang_watch import HangWatch
@@ -57,8 +59,9 @@ def choose_run_folder(trainer: Trainer, args: Any, strategy: Strategy) -> Path:
     return Path(strategy.gather_objects(folder)[0])
 
 
-def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> nn.Module:
-    """``load_model`` and the memory policy, refused where the network could not take its input.
+def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> tuple[nn.Module, Prepared]:
+    """``load_model`` under its memory policy, and what that leaves for the run; refused where the network
+    could not take its input.
 
     Raises:
         UserError: neurons in step mode 's' for a sequence [T, N, C, H, W], or another number of channels
@@ -81,7 +84,7 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> n
             f"{first.in_channels}: build one that fits in load_model"
         )
     time_steps = [probe.shape[0]] if probe.ndim == 5 else []
-    data.notices += prepare_memory(
+    prepared = prepare_memory(
         args,
         model,
         [*time_steps, args.batch_size, *probe.shape[-3:]],
@@ -89,11 +92,17 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> n
         strategy.world_size,
         trainer.device,
     )
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last), prepared
 
 
 def open_run(
-    args: Any, folder: Path, strategy: Strategy, data: Any, preemption: Preemption, watch: HangWatch
+    args: Any,
+    folder: Path,
+    strategy: Strategy,
+    data: Any,
+    memory: Prepared,
+    preemption: Preemption,
+    watch: HangWatch,
 ) -> Run:
     """Open the run: restore what --resume names, then let the tracker begin."""
     global_batch = args.batch_size * strategy.world_size
@@ -106,7 +115,7 @@ def open_run(
             epochs=args.epochs,
         )
         ema = ModelEma(strategy, decay, args.model_ema_steps)
-    notices = list(data.notices)
+    notices = [*data.notices, *memory.notices]
     checkpoints = CheckpointManager(
         folder / "checkpoints",
         strategy,
@@ -159,7 +168,15 @@ def open_run(
     profiler = StepProfiler(
         args.profile if strategy.is_main else 0, folder / "profile", tracker.notice, strategy.device
     )
-    fallback = Fallback(strategy.module, getattr(args, "T", None), strategy.any_rank, tracker.notice)
+    fallback = Fallback(
+        strategy.module,
+        getattr(args, "T", None),
+        strategy.any_rank,
+        tracker.notice,
+        memory.table,
+        memory.planned_bytes,
+        lambda: peak_memory(strategy.device)["memory/peak_bytes"],
+    )
     run = Run(
         args,
         folder,

@@ -15,7 +15,8 @@ from scalesnn.kernels import cpu, cuda, launch
 from scalesnn.kernels.source import IDENTITY, fields, variant_source
 
 KERNELS = ("forward", "statistics", "normalise_backward", "pack", "unpack")
-FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w")
+BOUNDS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")  # of a thread's own arrays
+FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", *BOUNDS)
 
 
 def compile_shim(code: str, folder: Path) -> ctypes.CDLL:

@@ -267,3 +267,42 @@ def test_opcheck() -> None:
     norm = (x.detach(), mean.detach(), scale.detach(), torch.randn(2, 4, dtype=torch.float64))
     torch.library.opcheck(torch.ops.scalesnn.normalise_backward.default, (grads, *norm))
     torch.library.opcheck(torch.ops.scalesnn.normalise_backward_.default, (grads, *norm))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 41), (2, 1, 64), (1, 1, 5)])
+def test_bits_are_the_spikes_and_nothing_after_them(engine: str, shape: tuple[int, ...]) -> None:
+    s, _, bits = unit(safe_input(NEURONS[0], *shape), NEURONS[0])
+    assert 0 < s.sum() < s.numel()
+    rows = torch.nn.functional.pad(s.flatten(1), (0, -s[0].numel() % 32)).unflatten(1, (-1, 32))
+    expected = (rows.long() << torch.arange(32)).sum(-1)
+    assert torch.equal(bits.long() & 0xFFFFFFFF, expected)
+    assert torch.equal(ops.unpack(bits, 0, list(s.shape), list(s.stride()), s.dtype), s)
+
+
+@pytest.mark.parametrize("size", [1, 32, 77])
+@pytest.mark.parametrize("planes", [1, 3])
+def test_whole_numbers_are_packed_by_planes(engine: str, size: int, planes: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randint(0, 2**planes, (size,), generator=generator).float()
+    bits = ops.pack(x, planes)
+    for plane in range(planes):
+        ones = torch.nn.functional.pad(x.long() >> plane & 1, (0, -size % 32)).unflatten(0, (-1, 32))
+        assert torch.equal(bits[plane].long() & 0xFFFFFFFF, (ones << torch.arange(32)).sum(-1))
+    assert torch.equal(ops.unpack(bits, planes, [size], [1], torch.float32), x)
+
+
+@pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
+def test_a_charge_that_equals_the_threshold_fires_and_resets(engine: str, v_reset: float | None) -> None:
+    kwargs = {"v_reset": v_reset, "surrogate_function": surrogate.ATan(), "step_mode": "m"}
+    fused = neuron.IFNode(store_v_seq=True, **kwargs)
+    plain = neuron.IFNode(store_v_seq=True, backend="torch", **kwargs)
+    a = torch.full((6, 1, 40), 0.5, requires_grad=True)
+    b = a.detach().clone().requires_grad_()
+    s, expected = fused(a), plain(b)
+    assert torch.equal(s, expected)
+    assert s[1].all() if v_reset is None else s.any()
+    assert torch.equal(fused.v_seq, plain.v_seq)
+    weights = torch.randn_like(s)
+    (s * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)

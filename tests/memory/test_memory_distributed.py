@@ -13,6 +13,10 @@ from scalesnn.parallel.topology import free_port
 WORKER = Path(__file__).with_name("memory_worker.py")
 ROOT = WORKER.parents[2]
 
+STRATEGIES = ["ddp", "zero3", "fsdp"]
+if os.environ.get("SCALESNN_LONG_TESTS"):
+    STRATEGIES += ["zero1", "zero2"]
+
 
 def run(strategy: str, policies: list[str]) -> dict[str, dict[str, float]]:
     port = str(free_port())
@@ -37,7 +41,7 @@ def run(strategy: str, policies: list[str]) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_policies_train_the_same_net_on_two_ranks(strategy):
     policies = ["layer", "block"] + ["layer+time:2"] * (strategy != "zero3")
     found = run(strategy, policies)

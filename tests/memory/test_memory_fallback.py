@@ -57,3 +57,11 @@ def test_other_errors_are_not_caught():
 )
 def test_errors_that_mean_out_of_memory(error):
     assert is_out_of_memory(error)
+
+
+def test_the_measured_peak_is_logged_beside_the_predicted_one():
+    notices = []
+    fallback = Fallback(nets.make("chain"), 5, bool, notices.append, None, 3 * 2**20, lambda: 5.0 * 2**20)
+    for _ in range(5):
+        fallback.run(lambda: None)
+    assert notices == ["memory of the first 3 steps: peak 5 MiB, predicted 3 MiB"]

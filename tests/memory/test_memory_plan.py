@@ -86,8 +86,10 @@ def test_auto_takes_the_cheapest_that_fits(long_planner):
 
     def chosen(budget):
         args = arguments("--activation-checkpoint", "auto", "--memory-budget", str(budget))
-        notices = prepare(args, model, LONG, "single", 1, torch.device("cpu"))
-        assert "predicted peak" in notices[0]
+        found = prepare(args, model, LONG, "single", 1, torch.device("cpu"))
+        assert "predicted peak" in found.notices[0]
+        assert found.planned_bytes is not None
+        assert found.planned_bytes <= budget
         return policy_of(model)
 
     assert chosen(needs["none"]) == Policy()
