@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from typing import Any
 
@@ -60,7 +59,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     from scalesnn.memory import keep_freed_blocks
 
     ours = not name.startswith("spikingjelly")
-    if ours and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    if ours:
         keep_freed_blocks()
     model, reset = contender(name, args)
     warm_x, warm_y = static_images(4, 1, 32, channels_last=ours)

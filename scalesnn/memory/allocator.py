@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 __all__ = ["keep_freed_blocks"]
 
+SWITCH = "MALLOC_MMAP_THRESHOLD_"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST = 2**30  # bytes; a block above it is still mapped by itself and given back
 
@@ -18,8 +20,11 @@ def keep_freed_blocks() -> bool:
     touched.
 
     Returns:
-        False where the C library has no such switch (it is not glibc); nothing has changed then.
+        False where the C library has no such switch (it is not glibc), or where the environment has set its
+        own (``MALLOC_MMAP_THRESHOLD_``, see docs/memory.md); nothing has changed then.
     """
+    if SWITCH in os.environ:
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
