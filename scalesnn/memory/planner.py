@@ -160,47 +160,52 @@ class Planner:
             peak,
             found.seconds(self.device) / self.trace(Policy()).seconds(self.device),
             peak <= self.budget,
-            self._largest(policy, 0) if len(self.shape) == 5 else 0,
-            self._largest(policy, len(self.shape) - 4),
+            self._largest_T(policy) if len(self.shape) == 5 else 0,
+            self._largest_batch(policy),
         )
 
-    def _largest(self, policy: Policy, dimension: int) -> int:
-        """The largest T (dimension 0) or batch that fits: a line through two traces, then checked."""
+    def _largest_batch(self, policy: Policy) -> int:
+        """The largest batch that fits: activations grow with it, gradients do not."""
+        batch, found = self.shape[-4], self.trace(policy)
+        room = (
+            (self.budget - self._constant - self.gradient_share * gradients) * batch / max(activations, 1)
+            for activations, gradients in found.events
+        )
+        return max(int(min(room, default=0)), 0)
 
-        def peak_at(value: int) -> int:
-            shape = list(self.shape)
-            shape[dimension] = value
-            return self.peak(policy, tuple(shape))
+    def _largest_T(self, policy: Policy) -> int:
+        """The largest T that fits: a line through two traces, then checked where that is quick."""
 
-        unit = policy.steps if policy.steps and dimension == 0 and len(self.shape) == 5 else 1
-        near = self.shape[dimension] if unit == 1 else 2 * unit
-        far = 2 * near
+        def peak_at(T: int) -> int:
+            return self.peak(policy, (T, *self.shape[1:]))
+
+        far = self.shape[0] if self.shape[0] > policy.steps else 2 * policy.steps
+        near = max(far // 2, policy.steps, 1)
+        if near == far:
+            far = 2 * near
         low, high = peak_at(near), peak_at(far)
         slope = (high - low) / (far - near)
         if slope <= 0:
-            return near if low <= self.budget else 0
-        value = int(near + (self.budget - low) / slope)
-        if value < 1:
-            return 0
-        if policy.steps:  # tracing very many chunks takes long
-            return value
-        for _ in range(2):  # the line bends where another layer becomes the worst
+            return far if high <= self.budget else 0
+        value = int(far + (self.budget - high) / slope)
+        for _ in range(0 if policy.steps else 2):  # the line bends where another layer becomes the worst
+            if value < 1:
+                break
             actual = peak_at(value)
             if actual <= self.budget:
                 return value
             value = min(value - 1, int(value - (actual - self.budget) / slope))
-            if value < 1:
-                return 0
-        return value
+        return max(value, 0)
 
     def policies(self) -> list[Policy]:
         """The exact policies worth trying, by predicted time."""
         names = ["none", "layer", "block"]
         if len(self.shape) == 5 and self.strategy != "zero3":  # which time:K does not work with
             T = self.shape[0]
-            for steps in sorted({max(T // 4, 1), max(T // 16, 1)}, reverse=True):
-                if steps < T:
-                    names += [f"time:{steps}", f"layer+time:{steps}"]
+            if T > 1:
+                names += [f"time:{max(T // 4, 1)}", f"layer+time:{max(T // 4, 1)}"]
+            if T >= 8:  # time:K with a smaller K keeps more potentials, and is slower
+                names.append(f"layer+time:{T // 8}")
         found = [Policy.parse(name) for name in names]
         return [p for p in found if not p.block or residual_blocks(self.model)]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_on_cpu import GpuOnCpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ATAN, NEURONS, Neuron, run
 from torch import Tensor
 
 from scalesnn import neuron, surrogate
-from scalesnn.kernels import ops
+from scalesnn.kernels import cuda, ops
+from scalesnn.kernels.source import IDENTITY
 
 N = None
 NAMES = [f"{n.charge}{'-soft' * (n.v_reset is None)}{'-learned' * n.learned}" for n in NEURONS]
@@ -125,7 +127,7 @@ def batch_norm_unit(
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("shape", [(3, 2, 5, 3, 7), (40, 1, 33, 2, 2)])
+@pytest.mark.parametrize("shape", [(3, 2, 5, 3, 7), (40, 1, 33, 2, 2), (2, 2, 33, 4, 5)])
 def test_batch_norm_unit_and_gradients(
     engine: str, channels_last: bool, with_residual: bool, shape: tuple[int, ...]
 ) -> None:
@@ -306,3 +308,58 @@ def test_a_charge_that_equals_the_threshold_fires_and_resets(engine: str, v_rese
     (s * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("T", [3, 40])
+def test_normalisation_without_a_neuron_has_torch_gradients(engine: str, T: int) -> None:
+    x = torch.randn(T, 2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(T, 2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight = (torch.rand(5, dtype=torch.float64) + 0.5).requires_grad_()
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    mean, variance = ops.batch_statistics(x.detach())
+    inverse, count = 1 / (variance + 1e-5), torch.tensor(T * 18.0, dtype=torch.float64)
+    options = (1, 0, 0.0, 1.0, 0.0, N, False, False, False, IDENTITY, [], "")
+    norm = (mean, weight * inverse.sqrt(), bias)
+    y, *_ = ops.unit(x, *norm, residual, N, N, N, N, N, inverse, count, *options)
+    expected = torch.nn.functional.batch_norm(x.flatten(0, 1), N, N, weight, bias, training=True).view_as(x)
+    expected = expected + residual
+    close(y, expected, 1e-12)
+    weights, inputs = torch.randn_like(y), [x, weight, bias, residual]
+    got = torch.autograd.grad((y * weights).sum(), inputs)
+    want = torch.autograd.grad((expected * weights).sum(), inputs)
+    for one, other in zip(got, want, strict=True):
+        close(one, other, 1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "ulp"), [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)])
+def test_halves_are_rounded_as_torch_does(engine: str, dtype: torch.dtype, ulp: float) -> None:
+    values = torch.cat([1 + torch.arange(64.0) * ulp / 2, torch.tensor([float("nan"), float("inf"), -0.3])])
+    zeros = torch.zeros_like(values)
+    x = torch.ones(1, 1, len(values), 1, 1, dtype=dtype)
+    y = ops.normalise(x, torch.stack([zeros, values, zeros])).flatten()
+    assert torch.equal(y.nan_to_num(7), values.to(dtype).nan_to_num(7))  # every second value is a tie
+    assert y.isnan().sum() == 1
+
+
+def test_few_blocks_do_the_work_of_many(gpu_on_cpu: GpuOnCpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def results() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(3, 2, 10, 9, 8, generator=generator).requires_grad_()
+        weight, bias = torch.full((10,), 0.8, requires_grad=True), torch.zeros(10, requires_grad=True)
+        s, v, bits = batch_norm_unit(x, weight, bias, N, NEURONS[2])
+        weights = torch.randn(s.shape, generator=generator)
+        grads = torch.autograd.grad((s * weights).sum() + v.sum(), [x, weight, bias])
+        packed = ops.pack(s.detach(), 1)
+        dense = ops.unpack(packed, 1, list(s.shape), list(s.stride()), s.dtype)
+        assert torch.equal(dense, s)
+        return [s, v, bits, packed, *grads]
+
+    expected, grid = results(), cuda.launch_grid
+
+    def two_blocks(name: str, arguments: dict[str, object]) -> tuple[int, int]:
+        columns, rows = grid(name, arguments)
+        return (columns if name in ("statistics", "backward") else min(columns, 2)), rows
+
+    monkeypatch.setattr(cuda, "launch_grid", two_blocks)
+    for one, other in zip(results(), expected, strict=True):
+        assert torch.equal(one, other)
