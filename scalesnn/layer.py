@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scalesnn.base import MemoryModule, MultiStepModule, StepModule, UserError
 from scalesnn.functional import multi_step_forward, seq_to_ann_forward
-from scalesnn.kernels import ops, spikes
+from scalesnn.kernels import ops, spike_layers, spikes
 from scalesnn.kernels.unit import Normalisation, normalise, usable
 from scalesnn.neuron import BaseNode
 
@@ -87,15 +87,21 @@ def _once(x_seq: Tensor) -> Tensor:
 class Conv2d(_StepLayer, nn.Conv2d):
     """``torch.nn.Conv2d`` for [N, C, H, W] or [T, N, C, H, W]; torch's arguments, and ``step_mode``.
 
-    Of an input that is known to be spikes, only the bits are kept for the weight's gradient.
+    Of an input that is known to be spikes, only the bits are kept for the weight's gradient. On the CPU their
+    sums are looked up rather than multiplied (``kernels.spike_conv``).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve every image."""
-        plain = self.step_mode == "s" or x.dim() != 5 or _is_repeated(x) or not torch.is_grad_enabled()
-        if plain or self.padding_mode != "zeros" or isinstance(self.padding, str) or not spikes.is_spikes(x):
+        plain = self.step_mode == "s" or x.dim() != 5 or _is_repeated(x)
+        if plain or self.padding_mode != "zeros" or isinstance(self.padding, str) or not self._pays(x):
             return self._over_time(super().forward, x)
         return self._of_spikes(x)
+
+    def _pays(self, x: Tensor) -> bool:
+        """Whether the bits of ``x`` are of use: to be kept, or to be looked up."""
+        largest = spikes.is_spikes(x)
+        return largest > 0 and (torch.is_grad_enabled() or (largest == 1 and x.device.type == "cpu"))
 
     def _of_spikes(self, x: Tensor) -> Tensor:
         bits = spikes.bits_of(x)
@@ -105,7 +111,7 @@ class Conv2d(_StepLayer, nn.Conv2d):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        y = ops.spike_conv2d(x.flatten(0, 1), *bits, weight, bias, *geometry)
+        y = spike_layers.spike_conv2d(x.flatten(0, 1), *bits, weight, bias, *geometry)
         return y.unflatten(0, x.shape[:2])
 
 
@@ -126,12 +132,14 @@ class MaxPool2d(_StepLayer, nn.MaxPool2d):
         return spikes.mark_spikes(y, largest) if largest and isinstance(y, Tensor) else y
 
     def _lean(self, x: Tensor) -> Tensor:
-        return ops.max_pool2d(x, *self.geometry())[0]
+        return spike_layers.max_pool2d(x, *self.geometry())[0]
 
     def _of_spikes(self, x: Tensor) -> Tensor:
         bits = spikes.bits_of(x)
         assert bits is not None
-        return ops.spike_max_pool2d(x.flatten(0, 1), *bits, *self.geometry()).unflatten(0, x.shape[:2])
+        return spike_layers.spike_max_pool2d(x.flatten(0, 1), *bits, *self.geometry()).unflatten(
+            0, x.shape[:2]
+        )
 
     def geometry(self) -> tuple[list[int], list[int], list[int], list[int], bool]:
         """Kernel size, stride, padding and dilation, each for height and width, and ceil_mode."""

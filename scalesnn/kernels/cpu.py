@@ -27,7 +27,7 @@ import torch
 
 from scalesnn.kernels.source import SCALARS, fields, scalar_of, source, surrogate_macros
 
-__all__ = ["HAS_COMPILER", "available", "cache_folder", "call", "library"]
+__all__ = ["HAS_COMPILER", "available", "cache_folder", "call", "library", "load"]
 
 logger = logging.getLogger("scalesnn")
 
@@ -88,24 +88,32 @@ def library(surrogate: str | None) -> ctypes.CDLL:
     Raises:
         RuntimeError: there is no compiler, or it failed.
     """
-    code = (surrogate_macros(surrogate) if surrogate is not None else "") + source()
+    loaded = load((surrogate_macros(surrogate) if surrogate is not None else "") + source(), "neuron")
+    for name in FUNCTIONS if surrogate is None else ("backward",):
+        function = getattr(loaded, name)
+        function.argtypes = [ctypes.c_int, ctypes.c_int, *(TYPES[kind] for _, kind in fields())]
+        function.restype = None
+    return loaded
+
+
+def load(code: str, name: str) -> ctypes.CDLL:
+    """A library of ``code``, from the cache or compiled now; ``name`` is the beginning of its file's name.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed.
+    """
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler on PATH")
     key = hashlib.sha256(
         "\n".join([code, *FLAGS, _compiler_version(compiler), _processor()]).encode()
     ).hexdigest()
-    path = cache_folder() / f"neuron_{key[:24]}.so"
+    path = cache_folder() / f"{name}_{key[:24]}.so"
     if not path.exists():
         with _lock(path.with_suffix(".lock")):
             if not path.exists():
                 _build(code, path)
-    loaded = ctypes.CDLL(str(path))
-    for name in FUNCTIONS if surrogate is None else ("backward",):
-        function = getattr(loaded, name)
-        function.argtypes = [ctypes.c_int, ctypes.c_int, *(TYPES[kind] for _, kind in fields())]
-        function.restype = None
-    return loaded
+    return ctypes.CDLL(str(path))
 
 
 def call(name: str, dtype: torch.dtype, surrogate: str | None, values: list[int | float | None]) -> None:
@@ -120,7 +128,7 @@ def _build(code: str, path: Path) -> None:
     from torch.utils import cpp_extension
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder, _ninja_on_path():
-        file = Path(folder) / "neuron.cpp"
+        file = Path(folder) / "source.cpp"
         file.write_text(code, encoding="utf-8")
         try:
             cpp_extension.load(

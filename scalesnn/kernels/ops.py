@@ -20,13 +20,10 @@ __all__ = [
     "all_reduce",
     "batch_statistics",
     "differentiable_all_reduce",
-    "max_pool2d",
     "normalise",
     "normalise_backward",
     "normalise_backward_",
     "pack",
-    "spike_conv2d",
-    "spike_max_pool2d",
     "unit",
     "unit_backward",
     "unpack",
@@ -38,7 +35,6 @@ CHARGES = {
     "leaky_with_input": 2,
     "leaky": 3,
 }  # enum Charge of the kernel source
-INT16_MAX = 32767
 
 
 def _words(size: int) -> int:
@@ -562,147 +558,3 @@ def unpack(
 @unpack.register_fake
 def _(bits, planes, shape, stride, dtype):  # type: ignore[no-untyped-def]
     return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=bits.device)
-
-
-@torch.library.custom_op("scalesnn::spike_conv2d", mutates_args=())
-def spike_conv2d(
-    x: Tensor,
-    bits: Tensor,
-    planes: int,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """``torch.nn.functional.conv2d`` of spikes: for the weight's gradient ``bits`` are kept in the place of
-    ``x``.
-
-    Args:
-        x: [N, C, H, W], dense, equal to ``unpack(bits, planes, …)``.
-        others: as torch's.
-    """
-    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-
-@spike_conv2d.register_fake
-def _(x, bits, planes, weight, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
-    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-
-def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bits, planes, weight, bias, *ctx.geometry = inputs
-    ctx.planes, ctx.dtype = planes, x.dtype
-    ctx.shape, ctx.strides = tuple(x.shape), x.stride()
-    ctx.bias_sizes = None if bias is None else tuple(bias.shape)
-    ctx.save_for_backward(bits, weight)
-
-
-def _conv_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    bits, weight = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.geometry
-    needs = ctx.needs_input_grad
-    x = unpack(bits, ctx.planes, ctx.shape, ctx.strides, ctx.dtype)
-    mask = [needs[0], needs[3], ctx.bias_sizes is not None and needs[4]]
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad, x, weight, ctx.bias_sizes, stride, padding, dilation, False, [0, 0], groups, mask
-    )
-    return grad_x, None, None, grad_weight, grad_bias, None, None, None, None
-
-
-spike_conv2d.register_autograd(_conv_gradients, setup_context=_conv_context)
-
-
-# ------------------------------------------------------------------------------------------------ max-pool
-@torch.library.custom_op("scalesnn::max_pool2d", mutates_args=())
-def max_pool2d(
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    """``torch.nn.functional.max_pool2d`` of [N, C, H, W]; its second result, where the maxima stand, is
-    int16 (int32
-    for planes of more than 32768 values) rather than int64. For backward only that one is kept."""
-    y, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)
-    return y, indices.to(_index_dtype(x))
-
-
-def _index_dtype(x: Tensor) -> torch.dtype:
-    return torch.int16 if x.shape[-1] * x.shape[-2] <= INT16_MAX + 1 else torch.int32
-
-
-@max_pool2d.register_fake
-def _(x, kernel_size, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
-    y, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)
-    return y, indices.to(_index_dtype(x))
-
-
-def _pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *ctx.geometry = inputs
-    ctx.shape, ctx.strides, ctx.dtype = tuple(x.shape), x.stride(), x.dtype
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _pool_gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    (indices,) = ctx.saved_tensors
-    # torch wants the input for its shape and memory format only
-    x = torch.empty_strided(ctx.shape, ctx.strides, dtype=ctx.dtype, device=grad.device)
-    grad_x = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *ctx.geometry, indices.long())
-    return grad_x, None, None, None, None, None
-
-
-max_pool2d.register_autograd(_pool_gradients, setup_context=_pool_context)
-
-
-@torch.library.custom_op("scalesnn::spike_max_pool2d", mutates_args=())
-def spike_max_pool2d(
-    x: Tensor,
-    bits: Tensor,
-    planes: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> Tensor:
-    """``torch.nn.functional.max_pool2d`` of spikes: for backward only their ``bits`` are kept, from which the
-    places of the maxima are found again.
-
-    Args:
-        x: [N, C, H, W], dense, equal to ``unpack(bits, planes, …)``.
-        others: as torch's.
-    """
-    return torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)[0]
-
-
-@spike_max_pool2d.register_fake
-def _(x, bits, planes, kernel_size, stride, padding, dilation, ceil_mode):  # type: ignore[no-untyped-def]
-    return torch.ops.aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)[0]
-
-
-def _spike_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bits, ctx.planes, *ctx.geometry = inputs
-    ctx.shape, ctx.strides = tuple(x.shape), x.stride()
-    ctx.save_for_backward(bits)
-
-
-def _spike_pool_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (bits,) = ctx.saved_tensors
-    grad_x = torch.empty_strided(ctx.shape, ctx.strides, dtype=grad.dtype, device=grad.device)
-    rows = bits.split(1) if ctx.planes == 0 else [bits]
-    images = ctx.shape[0] // len(rows)
-    shape = (images, *ctx.shape[1:])
-    for row, of_y, of_x in zip(rows, grad.split(images), grad_x.split(images), strict=True):
-        # a row at a time: all of x and of the int64 places would be the largest tensors of the step
-        x = unpack(row, ctx.planes, shape, ctx.strides, grad.dtype)
-        _, places = torch.ops.aten.max_pool2d_with_indices(x, *ctx.geometry)
-        of_x.copy_(torch.ops.aten.max_pool2d_with_indices_backward(of_y, x, *ctx.geometry, places))
-    return grad_x, None, None, None, None, None, None, None
-
-
-spike_max_pool2d.register_autograd(_spike_pool_gradients, setup_context=_spike_pool_context)

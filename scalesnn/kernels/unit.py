@@ -125,6 +125,7 @@ def fused_unit(
         repeats = steps
     residual_bits = residual_x = residual_affine = None
     recording = torch.is_grad_enabled()
+    with_bits = recording or x.device.type == "cpu"  # to be kept, or for the next convolution's look-up
     if residual is not None and recording:
         known = spikes.marked(residual)
         if launch.like(known, launch.dense(x)) is known:
@@ -146,7 +147,7 @@ def fused_unit(
             neuron.v_reset,
             neuron.detach_reset,
             v_every_step,
-            recording,
+            with_bits,
             neuron.surrogate,
             list(neuron.surrogate_parameters),
         )
@@ -169,7 +170,7 @@ def fused_unit(
     )
     assert out.shape == shape
     if neuron is not None:
-        spikes.mark_spikes(out, 1, bits if recording else None)
+        spikes.mark_spikes(out, 1, bits if with_bits else None)
     elif norm is not None and residual is None and repeats == 1 and recording:
         affine = torch.stack(
             [c.detach().to(launch.real_dtype(x.dtype)) for c in (norm.mean, norm.scale, norm.bias)]

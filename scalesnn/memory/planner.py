@@ -35,7 +35,10 @@ __all__ = [
 STRATEGIES = ("single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp")
 OPTIMIZER_STATE = {"sgd": 1, "sgd_nesterov": 1, "rmsprop": 2, "adamw": 2}  # tensors like the parameters
 PREFETCH = 3  # batches that the input pipeline keeps on the device
-TRIES = 6  # traces of the search for a mix of layers
+TRIES = 6  # traces of a search, for a mix of layers or the largest T
+
+
+ENOUGH = 0.98  # of the budget in use ends the search for the largest T
 
 
 @dataclass(frozen=True)
@@ -188,14 +191,23 @@ class Planner:
         if slope <= 0:
             return far if high <= self.budget else 0
         value = int(far + (self.budget - high) / slope)
-        for _ in range(0 if policy.steps else 2):  # the line bends where another layer becomes the worst
-            if value < 1:
+        if policy.steps or value < 1:  # tracing many chunks takes long
+            return max(value, 0)
+        known = [(near, low), (far, high)]
+        fits = max((k for k in known if k[1] <= self.budget), default=(0, 2 * low - high))
+        bursts: tuple[int, int] | None = None
+        for _ in range(TRIES):  # the line bends and steps where another layer becomes the worst
+            value = max(value, fits[0] + 1)
+            if fits[1] > ENOUGH * self.budget or (bursts is not None and value >= bursts[0]):
                 break
-            actual = peak_at(value)
-            if actual <= self.budget:
-                return value
-            value = min(value - 1, int(value - (actual - self.budget) / slope))
-        return max(value, 0)
+            found = (value, peak_at(value))
+            if found[1] <= self.budget:
+                fits, other = found, bursts or fits
+            else:
+                bursts, other = found, fits
+            slope = (other[1] - found[1]) / (other[0] - found[0])
+            value = int(fits[0] + (self.budget - fits[1]) / slope) if slope > 0 else fits[0] + 1
+        return fits[0]
 
     def policies(self) -> list[Policy]:
         """The exact policies worth trying, by predicted time."""

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalesnn import functional
 from scalesnn.base import MemoryModule
+from scalesnn.kernels import spike_conv
 from scalesnn.memory.lazy import Lazy, handle
 from scalesnn.memory.policy import Policy, apply_policy
 
@@ -29,6 +30,7 @@ __all__ = ["Device", "Trace", "fake_copy", "potentials", "trace"]
 CONVOLUTIONS = ("aten::convolution", "aten::conv2d", "scalesnn::spike_conv2d")
 EMPTY = ("aten::empty", "aten::empty_strided")
 UNTOUCHED = ("aten::max_pool2d_with_indices_backward", 1)  # only its shape is read
+LOOK_UP = 0.4  # of the time of a product: what a convolution of spikes takes on the CPU
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class _Ledger(TorchDispatchMode):
         name = func._schema.name
         if self.lazy_pages:  # memory that nobody has touched takes none
             for index, arg in enumerate(args):
-                if type(arg).__name__ == "FakeTensor" and (name, index) != UNTOUCHED:
+                if type(arg).__name__ == "FakeTensor" and not _only_shape(name, index, args):
                     self._see(arg)
         out = func(*args, **(kwargs or {}))
         results = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
@@ -149,11 +151,21 @@ class _Ledger(TorchDispatchMode):
         self.trace.traffic += sum(_size(t) for t in (*results, *inputs))
         if name in CONVOLUTIONS:
             weight = args[3] if name == CONVOLUTIONS[2] else args[1]
-            self.trace.flops += _flops(results[0], weight)
+            looks_up = name == CONVOLUTIONS[2] and spike_conv.suits(args[0], args[2], weight, args[8])
+            self.trace.flops += _flops(results[0], weight) * (LOOK_UP if looks_up else 1)
+        elif name == "scalesnn::spike_conv2d_weight":
+            self.trace.flops += _flops(args[0], args[3]) * LOOK_UP
         elif name == "aten::convolution_backward":
             wanted = sum(bool(w) for w in args[10][:2])
             self.trace.flops += wanted * _flops(args[0], args[2])
         return out
+
+
+def _only_shape(name: str, index: int, args: tuple[Any, ...]) -> bool:
+    """Whether an operation reads no value of its argument ``index``."""
+    return (name, index) == UNTOUCHED or (
+        name == "aten::convolution_backward" and index == 1 and not args[10][1]
+    )
 
 
 def _size(tensor: Tensor) -> int:
@@ -211,8 +223,9 @@ def trace(
         context: AbstractContextManager[Any] = nullcontext()
         if amp_dtype is not None:
             context = torch.autocast("cpu", amp_dtype)
+        look_up = nullcontext() if rounding == CPU.rounding else spike_conv.products()
         try:
-            with ledger:
+            with ledger, look_up:
                 with context:
                     loss = _loss(model, x, target)
                 found.saved = ledger.activations - potentials(model)
