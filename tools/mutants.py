@@ -1,9 +1,10 @@
-"""Mutation test of the kernel source: ``make mutants``. Not in CI: some 20 minutes of two cores.
+"""Mutation test of the kernels' sources: ``make mutants``. Not in CI: some 30 minutes of two cores.
 
-Each arithmetic operator, comparison, assignment operator and small index of neuron.cu is changed in turn,
-and the kernel tests are run on the changed source, on the CPU's build and on the GPU's; a mutant that they
-do not notice survives. Survivors that cannot be noticed are explained in tools/mutants_explained.yaml. A run
-that was broken off goes on where it was. Results: benchmarks/results/mutants.json.
+Each arithmetic operator, comparison, assignment operator and small index of neuron.cu and spike_conv.cpp is
+changed in turn, and the kernel tests are run on the changed source (neuron.cu on the CPU's build and on the
+GPU's); a mutant that they do not notice survives. Survivors that cannot be noticed are explained in
+tools/mutants_explained.yaml. A run that was broken off goes on where it was. Results:
+benchmarks/results/mutants.json.
 
     python tools/mutants.py [--every N] [--jobs J] [--only-survivors]
 """
@@ -32,15 +33,20 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_TESTS = ROOT / "tests" / "kernels"
 sys.path[:0] = [str(ROOT), str(KERNEL_TESTS)]
-SOURCE = ROOT / "scalesnn" / "kernels" / "neuron.cu"
+KERNELS = ROOT / "scalesnn" / "kernels"
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 EXPLAINED = Path(__file__).with_name("mutants_explained.yaml")
-UNIT, SPIKES, MODELS = (KERNEL_TESTS / f"test_{name}.py" for name in ("unit_op", "spike_ops", "fused_models"))
-STAGES = [  # the first notices most, and is fast
-    ([UNIT], "(batch_norm_unit_and_gradients and shape0) or (equal_the_oracle and 33)"),
-    ([SPIKES, UNIT], "not opcheck and not (equal_the_oracle and 33)"),
-    ([SPIKES, MODELS], "opcheck or test_fused"),
-]
+UNIT, SPIKES, MODELS, CONV = (
+    KERNEL_TESTS / f"test_{name}.py" for name in ("unit_op", "spike_ops", "fused_models", "spike_conv")
+)
+STAGES = {  # of each source: tests and their names; the first stage notices most, and is fast
+    "neuron.cu": [
+        ([UNIT], "(batch_norm_unit_and_gradients and shape0) or (equal_the_oracle and 33)"),
+        ([SPIKES, UNIT], "not opcheck and not (equal_the_oracle and 33)"),
+        ([SPIKES, MODELS], "opcheck or test_fused"),
+    ],
+    "spike_conv.cpp": [([CONV], "")],
+}
 SECONDS = 400.0  # a mutant that takes longer hangs, which is noticed
 NOTICED, SURVIVED, INVALID = "noticed", "survived", "does not compile"
 EXIT = {NOTICED: 1, SURVIVED: 0, INVALID: 77}
@@ -68,8 +74,9 @@ CHANGES = [
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of the source: on which line, what the line is then, and the whole text."""
+    """One change of a source: which, on which line, what the line is then, and the whole text."""
 
+    source: str
     line: int
     changed: str
     text: str
@@ -80,10 +87,10 @@ class Mutant:
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
-def mutants(text: str) -> list[Mutant]:
-    """All of them; macros, templates' heads and kernels' signatures are left alone."""
-    lines = text.split("\n")
-    start = next(i for i, line in enumerate(lines) if "numbers" in line and line.startswith("// ---"))
+def mutants(source: str) -> list[Mutant]:
+    """All of a file's; macros, templates' heads and kernels' signatures are left alone."""
+    lines = (KERNELS / source).read_text(encoding="utf-8").split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith(("// ----", "struct Convolution")))
     found = []
     for number, line in enumerate(lines):
         code = line.split("//")[0]
@@ -93,7 +100,7 @@ def mutants(text: str) -> list[Mutant]:
             for match in re.finditer(pattern, code):
                 changed = code[: match.start()] + match.expand(replacement) + code[match.end() :]
                 mutant = "\n".join([*lines[:number], changed, *lines[number + 1 :]])
-                found.append(Mutant(number + 1, changed.strip(), mutant))
+                found.append(Mutant(source, number + 1, changed.strip(), mutant))
     return list({mutant.key: mutant for mutant in found}.values())
 
 
@@ -107,15 +114,18 @@ def build_quickly(code: str, path: Path) -> None:
     os.replace(f"{path}.new", path)
 
 
-def compiles() -> bool:
-    """Whether both builds of the changed source compile, with a surrogate and without."""
+def compiles(source: str) -> bool:
+    """Whether the changed source compiles; neuron.cu in both builds, with a surrogate and without."""
     from gpu_on_cpu import compile_shim
     from oracle import ATAN
 
-    from scalesnn.kernels import cpu
+    from scalesnn.kernels import cpu, spike_conv
     from scalesnn.kernels.source import variant_source
 
     try:
+        if source == "spike_conv.cpp":
+            spike_conv.library()
+            return True
         for surrogate in (None, ATAN):
             cpu.library(surrogate)
             variant = variant_source(torch.float64, surrogate, 8, 2, True, False, False, True)
@@ -127,17 +137,22 @@ def compiles() -> bool:
 
 def examine(mutant: Mutant, folder: Path) -> int:
     """Run the tests on a mutant, in a process of its own; the exit code says how it went."""
-    from scalesnn.kernels import cpu
+    from scalesnn.kernels import cpu, spike_conv
 
-    (folder / "neuron.cu").write_text(mutant.text, encoding="utf-8")
-    os.environ.update(SCALESNN_CACHE=str(folder), SCALESNN_KERNEL_SOURCE=str(folder / "neuron.cu"))
+    changed = folder / mutant.source
+    changed.write_text(mutant.text, encoding="utf-8")
+    os.environ["SCALESNN_CACHE"] = str(folder)
+    if mutant.source == "neuron.cu":
+        os.environ["SCALESNN_KERNEL_SOURCE"] = str(changed)
+    else:
+        spike_conv.SOURCE = changed
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     cpu._build = build_quickly
-    if not compiles():
+    if not compiles(mutant.source):
         return EXIT[INVALID]
-    for number, (files, names) in enumerate(STAGES):
+    for number, (files, names) in enumerate(STAGES[mutant.source]):
         options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
         options += [f"--basetemp={folder / f'stage{number}'}", f"--rootdir={ROOT}"]
         if pytest.main([*options, *map(str, files), *(["-k", names] if names else [])]) != 0:
@@ -181,7 +196,7 @@ def run_all(chosen: list[Mutant], jobs: int, record: Path) -> dict[str, str]:
             with open(record, "a", encoding="utf-8") as file:
                 file.write(json.dumps([mutant.key, outcome]) + "\n")
             if outcome == SURVIVED:
-                print(f"survived: line {mutant.line}: {mutant.changed}", flush=True)
+                print(f"survived: {mutant.source}:{mutant.line}: {mutant.changed}", flush=True)
             folder.cleanup()
             del running[process]
     return {mutant.key: done[mutant.key] for mutant in chosen}
@@ -195,12 +210,11 @@ def main() -> int:
     parser.add_argument("--only-survivors", action="store_true", help="those of the last results, once more")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    text = SOURCE.read_text(encoding="utf-8")
-    every = mutants(text)
+    every = [mutant for source in STAGES for mutant in mutants(source)]
     random.Random(0).shuffle(every)
     chosen = every[:: args.every]
-    state = hashlib.sha256(text.encode())
-    for file in sorted(KERNEL_TESTS.glob("*.py")):
+    state = hashlib.sha256()
+    for file in sorted([*KERNEL_TESTS.glob("*.py"), *(KERNELS / source for source in STAGES)]):
         state.update(file.read_bytes())
     record = Path(tempfile.gettempdir()) / f"scalesnn-mutants-{state.hexdigest()[:12]}.jsonl"
     if args.only_survivors:
@@ -210,8 +224,13 @@ def main() -> int:
     counts = {name: sum(o == name for o in outcomes.values()) for name in EXIT}
     reasons: dict[str, str] = yaml.safe_load(EXPLAINED.read_text(encoding="utf-8")) or {}
     survivors: list[dict[str, Any]] = [
-        {"line": m.line, "changed to": m.changed, "why": reasons.get(m.changed, "not explained")}
-        for m in sorted(chosen, key=lambda m: m.line)
+        {
+            "source": m.source,
+            "line": m.line,
+            "changed to": m.changed,
+            "why": reasons.get(m.changed, "not explained"),
+        }
+        for m in sorted(chosen, key=lambda m: (m.source, m.line))
         if outcomes[m.key] == SURVIVED
     ]
     share = counts[NOTICED] / max(counts[NOTICED] + counts[SURVIVED], 1)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from scalesnn.kernels import cpu
 
-__all__ = ["convolve", "products", "suits", "weight_gradient"]
+__all__ = ["convolve", "library", "products", "suits", "weight_gradient"]
 
+SOURCE = Path(__file__).with_name("spike_conv.cpp")
 MULTIPLE = 32  # of input and output channels: a word of bits, the width of a table
 TURNED = 2**22  # bytes of turned bits at a time, of the weight's gradient
 _looks_up = True
@@ -127,11 +128,16 @@ def _geometry(
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    return cpu.load(Path(__file__).with_name("spike_conv.cpp").read_text(encoding="utf-8"), "spike_conv")
+def library() -> ctypes.CDLL:
+    """The compiled source.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed.
+    """
+    return cpu.load(SOURCE.read_text(encoding="utf-8"), "spike_conv")
 
 
 def _call(name: str, dtype: torch.dtype, geometry: object, *values: int | None) -> None:
-    function = getattr(_library(), name)
+    function = getattr(library(), name)
     kind = int(dtype == torch.float64)
     function(kind, torch.get_num_threads(), geometry, *map(ctypes.c_void_p, values))
