@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,16 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """What names it in the record of a run."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        """What names it, and the tests it meets, in the record of a run."""
+        return hashlib.sha256(self.text.encode() + tests_of(self.source)).hexdigest()[:16]
+
+
+@cache
+def tests_of(source: str) -> bytes:
+    """The text of the tests that the mutants of a source meet."""
+    files = {file for files, _ in STAGES[source] for file in files}
+    files |= {KERNEL_TESTS / name for name in ("conftest.py", "gpu_on_cpu.py", "oracle.py", "cuda_shim.h")}
+    return b"".join(file.read_bytes() for file in sorted(files))
 
 
 def mutants(source: str) -> list[Mutant]:
@@ -213,10 +222,7 @@ def main() -> int:
     every = [mutant for source in STAGES for mutant in mutants(source)]
     random.Random(0).shuffle(every)
     chosen = every[:: args.every]
-    state = hashlib.sha256()
-    for file in sorted([*KERNEL_TESTS.glob("*.py"), *(KERNELS / source for source in STAGES)]):
-        state.update(file.read_bytes())
-    record = Path(tempfile.gettempdir()) / f"scalesnn-mutants-{state.hexdigest()[:12]}.jsonl"
+    record = Path(tempfile.gettempdir()) / "scalesnn-mutants.jsonl"
     if args.only_survivors:
         known = {row["changed to"] for row in json.loads(RESULTS.read_text(encoding="utf-8"))["survivors"]}
         chosen = [mutant for mutant in every if mutant.changed in known]
