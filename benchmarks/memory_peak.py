@@ -4,9 +4,10 @@ spiking_resnet18 of scalesnn under several policies, and SpikingJelly 2.0.0's, p
     python benchmarks/memory_peak.py --T 16 --batch-size 2 --size 128
 
 Every measurement is a process of its own, set up as users have it: SpikingJelly with the C library's
-allocator as it is, scalesnn as its Trainer sets it (``memory.keep_freed_blocks``). With --give-back freed
-blocks go back to the system at once in both, so that resident memory is what is alive (and every step is
-slow). Rounds go round all contenders, and the least counts. Writes benchmarks/results/memory_peak_T16.json.
+allocator as it is, scalesnn with the arena that its Trainer takes (``memory.use_arena``). With --give-back
+freed blocks go back to the system at once in both, so that resident memory is what is alive (and every step
+is slow). Rounds go round all contenders, and the least counts.
+Writes benchmarks/results/memory_peak_T16.json.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ def contender(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Peak bytes above the model, seconds and CPU seconds of a training step; the first, small, warms up."""
-    from scalesnn.memory import keep_freed_blocks
+    from scalesnn.memory import use_arena
 
     ours = not name.startswith("spikingjelly")
     if ours:
-        keep_freed_blocks()
+        use_arena()
     model, reset = contender(name, args)
     warm_x, warm_y = static_images(4, 1, 32, channels_last=ours)
     training_step(model, warm_x, warm_y, reset)

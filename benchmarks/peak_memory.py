@@ -29,9 +29,9 @@ def measure(contender: str, args: argparse.Namespace) -> None:
 
     if contender == "scalesnn":
         from scalesnn import functional
-        from scalesnn.memory import keep_freed_blocks
+        from scalesnn.memory import use_arena
 
-        keep_freed_blocks()  # as the Trainer does
+        use_arena()  # as the Trainer does
         model = make_ours().to(memory_format=torch.channels_last)
         reset = functional.reset_net
     else:

@@ -4,7 +4,7 @@ torchvision's ResNet-18 on the same T × N images, in turn, each in a process of
     python benchmarks/step_time.py --T 8 --batch-size 2 --size 128 --rounds 3
 
 Every process is set up as users have it: scalesnn as its Trainer sets the allocator
-(``memory.keep_freed_blocks``), the others as they are; one more contender is scalesnn without that.
+(``memory.use_arena``), the others as they are; one more contender is scalesnn without that.
 Writes benchmarks/results/step_time.json: the times, and the medians of the ratios of a round.
 """
 
@@ -50,10 +50,10 @@ def stepper(name: str, args: argparse.Namespace) -> Callable[[], object]:
         model = make_spikingjelly()
         return lambda: training_step(model, x, y, peer.reset_net)
     from scalesnn import functional
-    from scalesnn.memory import keep_freed_blocks
+    from scalesnn.memory import use_arena
 
     if name != "scalesnn, system allocator":
-        keep_freed_blocks()
+        use_arena()
     own = make_ours()
     if last:
         own = own.to(memory_format=torch.channels_last)

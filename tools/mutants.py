@@ -113,12 +113,12 @@ def mutants(source: str) -> list[Mutant]:
     return list({mutant.key: mutant for mutant in found}.values())
 
 
-def build_quickly(code: str, path: Path) -> None:
-    """In the place of ``cpu._build``: no torch, less optimisation."""
+def build_quickly(code: str, path: Path, flags: tuple[str, ...]) -> None:
+    """In the place of ``build._build``: no torch, less optimisation."""
     source = path.with_suffix(".cpp")
     source.write_text(code, encoding="utf-8")
-    flags = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp"]
-    command = ["g++", *flags, "-shared", "-fPIC", "-w", str(source), "-o", f"{path}.new"]
+    quick = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp"]
+    command = ["g++", *quick, "-shared", "-fPIC", "-w", str(source), "-o", f"{path}.new"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     os.replace(f"{path}.new", path)
 
@@ -146,7 +146,7 @@ def compiles(source: str) -> bool:
 
 def examine(mutant: Mutant, folder: Path) -> int:
     """Run the tests on a mutant, in a process of its own; the exit code says how it went."""
-    from scalesnn.kernels import cpu, spike_conv
+    from scalesnn.kernels import build, spike_conv
 
     changed = folder / mutant.source
     changed.write_text(mutant.text, encoding="utf-8")
@@ -158,7 +158,7 @@ def examine(mutant: Mutant, folder: Path) -> int:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    cpu._build = build_quickly
+    build._build = build_quickly
     if not compiles(mutant.source):
         return EXIT[INVALID]
     for number, (files, names) in enumerate(STAGES[mutant.source]):

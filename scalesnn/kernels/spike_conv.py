@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scalesnn.kernels import cpu
+from scalesnn.kernels.build import shared_library
 
 __all__ = ["convolve", "library", "products", "suits", "weight_gradient"]
 
@@ -134,7 +135,7 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: there is no compiler, or it failed.
     """
-    return cpu.load(SOURCE.read_text(encoding="utf-8"), "spike_conv")
+    return shared_library("spike_conv", SOURCE.read_text(encoding="utf-8"), cpu.FLAGS)
 
 
 def _call(name: str, dtype: torch.dtype, geometry: object, *values: int | None) -> None:

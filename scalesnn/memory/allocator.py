@@ -1,31 +1,73 @@
-"""The C library's allocator, told what a training loop does: the same blocks, taken and freed every step."""
+"""The memory of CPU tensors: kept from step to step, without holding more than was ever alive at once."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import sys
+from functools import cache
+from pathlib import Path
 
-__all__ = ["keep_freed_blocks"]
+from scalesnn.kernels.build import BUILD_ERRORS, reason, shared_library
 
-SWITCH = "MALLOC_MMAP_THRESHOLD_"
+__all__ = ["trim_arena", "use_arena"]
+
+logger = logging.getLogger("scalesnn")
+
+SWITCH = "SCALESNN_ARENA"
+GLIBC_SWITCH = "MALLOC_MMAP_THRESHOLD_"
+FLAGS = ("-std=c++17", "-O2")  # torch's headers need no more
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST = 2**30  # bytes; a block above it is still mapped by itself and given back
 
 
-def keep_freed_blocks() -> bool:
-    """From here on this process keeps the memory that CPU tensors free, for the next ones.
+@cache
+def use_arena() -> bool:
+    """From here on, CPU tensors of this process lie in an arena (``arena.cpp``): freed memory is kept for
+    the next step, up to the most bytes that were ever alive at once and about 4 % more.
 
-    By default glibc hands large blocks back to the system at once, which clears and maps every page of
-    them anew at the next step: about a tenth of a step of a spiking ResNet on the CPU. GPU memory is not
-    touched.
+    By default glibc hands large blocks back to the system at once, which clears and maps every page of them
+    anew at the next step; told to keep them, its heap splits and holds about twice of what is alive. After a
+    large evaluation the arena may hold that peak on; ``trim_arena`` gives it back. GPU memory, pinned and
+    shared memory are not touched. The arena is compiled on first use (seconds) and kept in the cache of the
+    kernels; without a compiler glibc is told to keep freed blocks instead. A second call changes nothing.
 
     Returns:
-        False where the C library has no such switch (it is not glibc), or where the environment has set its
-        own (``MALLOC_MMAP_THRESHOLD_``, see docs/memory.md); nothing has changed then.
+        Whether the arena is in use. Nothing has changed where ``SCALESNN_ARENA=0`` or
+        ``MALLOC_MMAP_THRESHOLD_`` is set in the environment, or where the system is not Linux.
     """
-    if SWITCH in os.environ:
+    if os.environ.get(SWITCH) == "0" or GLIBC_SWITCH in os.environ or sys.platform != "linux":
         return False
+    try:
+        if _library().arena_start():
+            return True
+        why = "the system reserves no addresses for it"
+    except BUILD_ERRORS as error:
+        why = reason(error)
+    logger.warning(
+        "no arena for CPU tensors (%s): the C library keeps freed blocks, in a heap that splits", why
+    )
+    _keep_freed_blocks()
+    return False
+
+
+def trim_arena() -> None:
+    """Give the free memory of the arena back to the system, and forget the peak: for measurements, and after
+    work that needed far more than what follows. Does nothing where the arena is not in use."""
+    if use_arena.cache_info().currsize and use_arena():
+        _library().arena_trim()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    code = Path(__file__).with_name("arena.cpp").read_text(encoding="utf-8")
+    return shared_library("arena", code, FLAGS)
+
+
+def _keep_freed_blocks() -> None:
+    """Where the C library is glibc, have it keep large blocks that are freed."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scalesnn.base import UserError
 from scalesnn.data import add_data_arguments, open_data
 from scalesnn.doctor import add_preflight_argument, run_preflight
-from scalesnn.memory import add_memory_arguments, keep_freed_blocks
+from scalesnn.memory import add_memory_arguments, use_arena
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
 from scalesnn.parallel.placement import add_placement_arguments, place_process
 from scalesnn.parallel.topology import Topology
@@ -202,7 +202,7 @@ class Trainer:
         strategy = create_strategy(args, self.topology)
         self.device = strategy.setup_device(args.device)
         if self.device.type == "cpu":
-            keep_freed_blocks()
+            use_arena()
         if args.preflight:
             run_preflight(args, self.topology, strategy.store)
         folder = choose_run_folder(self, args, strategy)

@@ -1,8 +1,6 @@
 """Every exact policy gives the loss, gradients, statistics, potentials and random state of ``none``."""
 
 import copy
-import subprocess
-import sys
 
 import memory_nets as nets
 import pytest
@@ -65,21 +63,3 @@ def test_torch_compile_leaves_a_net_with_a_policy_as_it_is(policy):
     compiled = torch.compile(apply_policy(nets.make("chain"), policy), backend="eager")
     found = {name.replace("_orig_mod.", ""): value for name, value in nets.step(compiled, x).items()}
     nets.assert_same(found, expected, 1e-10)
-
-
-def test_freed_blocks_are_kept():
-    script = (
-        "import resource, torch, sys; from scalesnn.memory import keep_freed_blocks\n"
-        "if sys.argv[1] == 'keep': assert keep_freed_blocks()\n"
-        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "counts = [faults()]\n"
-        "for _ in range(12): torch.ones(2**24); counts.append(faults())\n"
-        "print(min(b - a for a, b in zip(counts, counts[1:])))\n"
-    )
-
-    def fewest_faults(word: str) -> int:
-        command = [sys.executable, "-c", script, word]
-        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=100).stdout)
-
-    assert fewest_faults("leave") > 16000  # a block's pages are mapped every time: 16384
-    assert fewest_faults("keep") < 100
