@@ -85,4 +85,5 @@ NEURONS = [
     Neuron("leaky", v_reset=None),
     Neuron("leaky_with_input", v_reset=-0.1, learned=True),
     Neuron("leaky", v_reset=None, detach_reset=True, learned=True),
+    Neuron("leaky", v_reset=0.15, learned=True),
 ]
