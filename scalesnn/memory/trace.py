@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalesnn import functional
 from scalesnn.base import MemoryModule
-from scalesnn.memory.lazy import Lazy, handle
+from scalesnn.memory.handlers import handle
+from scalesnn.memory.lazy import Lazy
 from scalesnn.memory.policy import Policy, apply_policy
 
 __all__ = ["Device", "Trace", "fake_copy", "potentials", "trace"]
