@@ -7,7 +7,6 @@ one sequence at a time, in the place of the one before (``lazy.Kept``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,11 +88,12 @@ def add(a: Any, b: Any) -> Tensor | None:
 
 # ------------------------------------------------------------------------------------------------------ unit
 class _Borders:
-    """The potentials before every chunk. Of every ``stride`` one is kept; those between are made again from
-    it, for one stretch at a time.
+    """The potentials before every chunk, to be asked for last chunk first.
 
     Args:
         forward: a chunk's span and the potentials before it → those after it.
+        sparse: keep a few at a time, as many as the number of chunks has binary digits, and make the others
+            again, by halves.
     """
 
     def __init__(
@@ -101,30 +101,24 @@ class _Borders:
         forward: Callable[[int, int, Tensor | None], Tensor],
         v: Tensor | None,
         chunks: list[tuple[int, int]],
-        stride: int,
+        sparse: bool,
     ) -> None:
-        self._forward, self._chunks, self._stride = forward, chunks, stride
+        self._forward, self._chunks, self._sparse = forward, chunks, sparse
         self._kept = {0: v}
-        self._stretch: dict[int, Tensor | None] = {}
-        for index in range(0, len(chunks), stride):
-            v = self._run(index)
-            self._kept[index + stride] = v
-
-    def _run(self, index: int) -> Tensor | None:
-        """Make a stretch; the potentials after it, but for the last."""
-        v = self._kept[index]
-        self._stretch = {index: v}
-        for after in range(index + 1, min(index + self._stride + 1, len(self._chunks))):
-            v = self._forward(*self._chunks[after - 1], v)
-            if after < index + self._stride:
-                self._stretch[after] = v
-        return v
+        for index in range(0 if sparse else len(chunks) - 1):
+            self._kept[index + 1] = v = forward(*chunks[index], v)
 
     def __call__(self, index: int) -> Tensor | None:
         """Before chunk ``index``."""
-        if index not in self._kept and index not in self._stretch:
-            self._run(index // self._stride * self._stride)
-        return self._kept[index] if index in self._kept else self._stretch[index]
+        if self._sparse:
+            self._kept = {i: v for i, v in self._kept.items() if i <= index}
+        at = max(i for i in self._kept if i <= index)
+        while at < index:
+            v, middle = self._kept[at], (at + index + 1) // 2
+            for i in range(at, middle):
+                v = self._forward(*self._chunks[i], v)
+            self._kept[middle], at = v, middle
+        return self._kept[index]
 
 
 class _UnitGradient:
@@ -203,11 +197,11 @@ def unit_backward(grad_spikes: Tensor | None, grad_v: Any, x: Tensor, *rest: Any
             charge, v_init, tau, v_threshold, v_reset, detach_reset, False, False, surrogate, parameters, "",
         )[1]  # fmt: skip
 
-    borders: Callable[[int], Tensor | None] = lambda index: None
+    borders: Callable[[int], Tensor | None] | None = None
     if charge and isinstance(x, Lazy) and x.borders:
         borders = x.borders[0].__getitem__
     elif charge:  # where all steps are one image, potentials are larger than what makes them
-        borders = _Borders(forward, v, chunks, 1 if repeats == 1 else math.isqrt(len(chunks)))
+        borders = _Borders(forward, v, chunks, sparse=repeats > 1)
 
     def run(index: int, carried: Tensor | None, part: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         a, b = chunks[index]
@@ -222,8 +216,9 @@ def unit_backward(grad_spikes: Tensor | None, grad_v: Any, x: Tensor, *rest: Any
             of_v[-1] = carried
         return ops.unit_backward(
             None if of_spikes is None else of_spikes(a, b), of_v, part, mean, scale, bias,
-            chunk_of(residual, a, b), None if bits is None else bits[a:b], borders(index), decay, times, charge,
-            v_init, tau, v_threshold, v_reset, detach_reset, every,
+            chunk_of(residual, a, b), None if bits is None else bits[a:b],
+            None if borders is None else borders(index), decay, times, charge, v_init, tau, v_threshold,
+            v_reset, detach_reset, every,
             bool(charge) and (index > 0 or with_grad_v_start), surrogate, parameters,
         )  # fmt: skip
 
@@ -279,12 +274,15 @@ def _normalised(grad: Tensor, x: Tensor, mean: Any, scale: Any, coefficients: An
     def make(a: int, b: int) -> Tensor:
         part = of_x(a, b)
         unit = of_grad.source if isinstance(of_grad, Kept) else of_grad
-        if not isinstance(unit, _UnitGradient) or unit.x is not x:
-            return ops.normalise_backward(of_grad(a, b), part, mean, scale, coefficients)
-        unit.part = (a, b, part)
-        out = ops.normalise_backward(of_grad(a, b), part, mean, scale, coefficients)
-        unit.part = None
-        return out
+        if isinstance(unit, _UnitGradient) and unit.x is x:
+            unit.part = (a, b, part)
+        of_part = of_grad(a, b)
+        if isinstance(unit, _UnitGradient):
+            unit.part = None
+        if isinstance(of_grad, _UnitGradient):  # made for this call
+            ops.normalise_backward_(of_part, part, mean, scale, coefficients)
+            return of_part
+        return ops.normalise_backward(of_part, part, mean, scale, coefficients)
 
     return make
 

@@ -102,7 +102,7 @@ def _unit(x: Tensor, mean: Any, scale: Any, bias: Any, residual: Any, *rest: Any
             potentials.append(v_out)
         v = v_out[-1] if every else v_out
     assert like is not None
-    if options.keep_borders and isinstance(x, Lazy):
+    if options.keep_borders and isinstance(x, Lazy) and repeats == 1:
         x.borders[:] = [borders]
     rows, step_shape, stride, dtype = torch.cat(packed), tuple(like.shape[1:]), like.stride(), like.dtype
 

@@ -1,7 +1,7 @@
 """A sequence [T, N, …] that is not there: its chunks are made when they are asked for.
 
-A chunk is K steps, from a multiple of K on. Gradients are asked for last chunk first, as they come. Those that
-are used more than once are kept (``Kept``): a chunk from when it is first made until nobody can ask for it.
+A chunk is K steps, from a multiple of K on. Gradients are asked for last chunk first, as they come. Some are
+kept (``Kept``): a chunk from when it is first made until nobody can ask for it.
 """
 
 from __future__ import annotations

@@ -178,14 +178,22 @@ class _Convolution(torch.autograd.Function):
         strides = tensor.stride()[1:]
         cast = weight.detach().to(dtype)  # detached: making a chunk lets ZeRO-3 take the weight away again
 
-        def run(a: int, b: int, part: Tensor, mask: list[bool]) -> tuple[Any, ...]:
-            images = of_y(a, b).flatten(0, 1).to(dtype)
-            return torch.ops.aten.convolution_backward(images, part, cast, bias_sizes, *geometry, mask)
+        small = options.steps  # a unit's gradient comes by chunks; others by any steps, and less is alive
+        if not isinstance(grad, Lazy) or grad.depth == 0:
+            small = max(options.steps // 4, 1)
+
+        def run(of_images: Tensor, part: Tensor, mask: list[bool]) -> tuple[Any, ...]:
+            of_images = of_images.flatten(0, 1).to(dtype)
+            return torch.ops.aten.convolution_backward(of_images, part, cast, bias_sizes, *geometry, mask)
 
         def of_input(a: int, b: int) -> Tensor:
-            shape = ((b - a) * step_shape[0], *step_shape[1:])
-            unread = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            return run(a, b, unread, [True, False, False])[0].unflatten(0, (b - a, -1)).to(x_dtype)
+            out = torch.empty_strided((b - a, *step_shape), tensor.stride(), dtype=x_dtype, device=device)
+            for start, end in spans(b - a, small):
+                shape = ((end - start) * step_shape[0], *step_shape[1:])
+                unread = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                of_x = run(of_y(a + start, a + end), unread, [True, False, False])[0]
+                out[start:end] = of_x.unflatten(0, (end - start, -1))
+            return out
 
         later = need_x and is_lazy and not options.at_once
         kept, dense = Kept(total, options.steps), None
@@ -193,9 +201,9 @@ class _Convolution(torch.autograd.Function):
         ctx.module.weight_at_hand = True  # its own call would have ZeRO-3 take the weight away again
         mask = [need_x and not later, *needs]
         for a, b in spans(total, options.steps, last_first=True) if any(mask) else ():
-            part = source(a, b).flatten(0, 1).to(dtype)
-            of_x, *of_parameters = run(a, b, part, mask)
-            del part
+            of_images = of_y(a, b)
+            of_x, *of_parameters = run(of_images, source(a, b).flatten(0, 1).to(dtype), mask)
+            del of_images
             for i, value in enumerate(of_parameters):
                 if value is not None:
                     value, old = value.to(weight.dtype), sums[i]

@@ -29,7 +29,6 @@ __all__ = ["Device", "Trace", "fake_copy", "potentials", "trace"]
 
 CONVOLUTIONS = ("aten::convolution", "aten::conv2d", "scalesnn::spike_conv2d")
 EMPTY = ("aten::empty", "aten::empty_strided")
-UNTOUCHED = ("aten::max_pool2d_with_indices_backward", 1)  # only its shape is read
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class _Ledger(TorchDispatchMode):
         name = func._schema.name
         if self.lazy_pages:  # memory that nobody has touched takes none
             for index, arg in enumerate(args):
-                if type(arg).__name__ == "FakeTensor" and (name, index) != UNTOUCHED:
+                if type(arg).__name__ == "FakeTensor" and (index != 1 or _is_read(name, args)):
                     self._see(arg)
         out = func(*args, **(kwargs or {}))
         results = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
@@ -155,6 +154,13 @@ class _Ledger(TorchDispatchMode):
             wanted = sum(bool(w) for w in args[10][:2])
             self.trace.flops += wanted * _flops(args[0], args[2])
         return out
+
+
+def _is_read(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether an operation reads its second argument, and not only its shape."""
+    if name == "aten::convolution_backward":  # the input, for the weight's gradient
+        return bool(args[10][1])
+    return name != "aten::max_pool2d_with_indices_backward"
 
 
 def _size(tensor: Tensor) -> int:
