@@ -44,7 +44,7 @@ def run(net: nn.Module, plain: Callable[..., Any], policy: Policy, x_seq: Tensor
                 f"{policy} does not work with ZeRO-3: use layer or block, or another strategy (zero2, fsdp)"
             )
 
-        return stream(plain, policy, x_seq)
+        return stream(net, plain, policy, x_seq)
     outputs = []
     for x in x_seq.split(policy.steps):
         if policy.layer:

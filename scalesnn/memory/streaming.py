@@ -6,6 +6,7 @@ unit once more for the spikes, which stay as bits; backward makes the chunks aga
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from scalesnn import layer
 from scalesnn.kernels import ops, spikes
-from scalesnn.memory.lazy import Chunk, Lazy, chunk_of, spans, strides_of_sequence
+from scalesnn.memory.gradients import kept_gradient, lazy_gradient
+from scalesnn.memory.lazy import Chunk, Kept, Lazy, Options, reader, spans, strides_of_sequence
 from scalesnn.memory.rematerialise import KeptSpikes, ambient
 
 if TYPE_CHECKING:
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["install", "install_pools", "remove", "stream"]
 
-Options = tuple[int, bool, bool]  # steps, detach, keep the potentials at chunk borders
 Geometry = tuple[list[int], list[int], list[int], list[int], bool]
-LEAN: Options = (4, False, False)  # a gradient in chunks of 4 steps
+LEAN = Options(4)  # a gradient in chunks of 4 steps
 _active: list[Options] = []
 
 
@@ -52,9 +53,9 @@ def remove(net: nn.Module) -> None:
             module.__class__ = type(module).__mro__[2]
 
 
-def stream(plain: Any, policy: Policy, x_seq: Tensor) -> Any:
+def stream(net: nn.Module, plain: Any, policy: Policy, x_seq: Tensor) -> Any:
     """The net's forward, in chunks inside of its layers."""
-    _active.append((policy.steps, policy.detach, not policy.layer))
+    _active.append(Options(policy.steps, policy.detach, not policy.layer, _is_sharded(net)))
     try:
         out = plain(x_seq)
     finally:
@@ -62,24 +63,43 @@ def stream(plain: Any, policy: Policy, x_seq: Tensor) -> Any:
     return out.whole() if isinstance(out, Lazy) else out
 
 
+def _is_sharded(net: nn.Module) -> bool:
+    """Whether a module's weights are there only while it is at work (FSDP2)."""
+    return any(hasattr(module, "_get_fsdp_state") for module in net.modules())
+
+
 class _Source:
-    """The input of a layer, kept as bits where it is spikes, by chunks."""
+    """The input of a layer, by chunks.
+
+    Attributes:
+        tensor: all there is to keep of it: its bits where it is spikes.
+        spikes: what else is known of spikes.
+    """
 
     def __init__(self, x: Tensor) -> None:
-        self.kept: Tensor | KeptSpikes
-        if isinstance(x, Lazy):
-            self.kept = x.same()
-        elif spikes.is_spikes(x):
-            self.kept = KeptSpikes(x)
-        else:
-            self.kept = x.detach()
+        self.spikes = KeptSpikes(x) if not isinstance(x, Lazy) and spikes.is_spikes(x) else None
+        self.tensor = x if self.spikes is None else self.spikes.bits
 
-    def __call__(self, a: int, b: int) -> Tensor:
-        if isinstance(self.kept, KeptSpikes):
-            part = self.kept.steps(a, b)
-        else:
-            part = chunk_of(self.kept, a, b)  # type: ignore[assignment]
-        return part
+    def without_tensor(self) -> _Source:
+        """The rest of it: autograd keeps the tensor, and frees it when backward has been there."""
+        rest = copy.copy(self)
+        rest.spikes = copy.copy(self.spikes)
+        del rest.tensor
+        if rest.spikes is not None:
+            del rest.spikes.bits
+        return rest
+
+    def with_tensor(self, tensor: Tensor) -> _Source:
+        """Whole again."""
+        source = copy.copy(self)
+        source.spikes, source.tensor = copy.copy(self.spikes), tensor
+        if source.spikes is not None:
+            source.spikes.bits = tensor
+        return source
+
+    def chunks(self) -> Chunk:
+        """What makes chunks."""
+        return reader(self.tensor.detach()) if self.spikes is None else self.spikes.steps
 
 
 class _StreamedConv:
@@ -114,7 +134,7 @@ class _AsLazy(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution whose output is Lazy."""
+    """A convolution whose output is Lazy, and the gradient of its input where that was Lazy too."""
 
     @staticmethod
     def forward(
@@ -122,18 +142,19 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         device = x.device.type
         context, source = ambient(device), _Source(x)
-        ctx.save_for_backward(weight)
-        ctx.source, ctx.total, ctx.steps = source, x.shape[0], options[0]
+        ctx.save_for_backward(weight, source.tensor)
+        ctx.source, ctx.options, ctx.module = source.without_tensor(), options, module
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.x_dtype, ctx.module = x.dtype, module
         ctx.geometry = (module.stride, module.padding, module.dilation, False, [0, 0], module.groups)
         ctx.bias_sizes = None if bias is None else list(bias.shape)
+        ctx.shape, ctx.x_dtype, ctx.is_lazy = tuple(x.shape), x.dtype, isinstance(x, Lazy)
+        chunk = source.chunks()
 
         def make(a: int, b: int) -> Tensor:
             with torch.no_grad(), context():
                 if getattr(module, "weight_at_hand", False):
-                    return module.forward(source(a, b))
-                return module(source(a, b))  # ZeRO-3 gathers the weight in the module's own call
+                    return module.forward(chunk(a, b))
+                return module(chunk(a, b))  # ZeRO-3 gathers the weight in the module's own call
 
         with torch.no_grad():
             probe = make(0, 1)
@@ -142,36 +163,67 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (weight,) = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_x: Tensor | None = None
+        weight, tensor = ctx.saved_tensors
+        source = ctx.source.with_tensor(tensor).chunks()
+        need_x, *needs = ctx.needs_input_grad[:3]
+        options, of_y, dtype, x_dtype, is_lazy = (
+            ctx.options,
+            reader(grad),
+            ctx.dtype,
+            ctx.x_dtype,
+            ctx.is_lazy,
+        )
+        total, *step_shape = ctx.shape
+        geometry, bias_sizes, device = ctx.geometry, ctx.bias_sizes, grad.device
+        strides = tensor.stride()[1:]
+        cast = weight.detach().to(dtype)  # detached: making a chunk lets ZeRO-3 take the weight away again
+
+        small = options.steps  # a unit's gradient comes by chunks; others by any steps, and less is alive
+        if not isinstance(grad, Lazy) or grad.depth == 0:
+            small = max(options.steps // 4, 1)
+
+        def run(of_images: Tensor, part: Tensor, mask: list[bool]) -> tuple[Any, ...]:
+            of_images = of_images.flatten(0, 1).to(dtype)
+            return torch.ops.aten.convolution_backward(of_images, part, cast, bias_sizes, *geometry, mask)
+
+        def of_input(a: int, b: int) -> Tensor:
+            out = torch.empty_strided((b - a, *step_shape), tensor.stride(), dtype=x_dtype, device=device)
+            for start, end in spans(b - a, small):
+                shape = ((end - start) * step_shape[0], *step_shape[1:])
+                unread = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                of_x = run(of_y(a + start, a + end), unread, [True, False, False])[0]
+                out[start:end] = of_x.unflatten(0, (end - start, -1))
+            return out
+
+        later = need_x and is_lazy and not options.at_once
+        kept, dense = Kept(total, options.steps), None
         sums: list[Tensor | None] = [None, None]
-        cast = weight.detach().to(
-            ctx.dtype
-        )  # detached: making a chunk lets ZeRO-3 take the weight away again
         ctx.module.weight_at_hand = True  # its own call would have ZeRO-3 take the weight away again
-        for a, b in spans(ctx.total, ctx.steps):
-            part, of_grad = ctx.source(a, b), chunk_of(grad, a, b)
-            assert of_grad is not None
-            of_x, *of_parameters = torch.ops.aten.convolution_backward(
-                of_grad.flatten(0, 1).to(ctx.dtype),
-                part.flatten(0, 1).to(ctx.dtype),
-                cast,
-                ctx.bias_sizes,
-                *ctx.geometry,
-                [need_x, need_weight, need_bias],
-            )
+        mask = [need_x and not later, *needs]
+        for a, b in spans(total, options.steps, last_first=True) if any(mask) else ():
+            of_images = of_y(a, b)
+            of_x, *of_parameters = run(of_images, source(a, b).flatten(0, 1).to(dtype), mask)
+            del of_images
             for i, value in enumerate(of_parameters):
                 if value is not None:
                     value, old = value.to(weight.dtype), sums[i]
                     sums[i] = value if old is None else old.add_(value)
-            if need_x:
-                of_x = of_x.unflatten(0, part.shape[:2])
-                if grad_x is None:
-                    shape, stride = (ctx.total, *of_x.shape[1:]), strides_of_sequence(of_x)
-                    grad_x = torch.empty_strided(shape, stride, dtype=ctx.x_dtype, device=of_x.device)
-                grad_x[a:b] = of_x
+            if not mask[0]:
+                continue
+            of_x = of_x.unflatten(0, (b - a, -1)).to(x_dtype)
+            if is_lazy:
+                kept.put(a, of_x)
+                continue
+            if dense is None:
+                shape, stride = (total, *of_x.shape[1:]), strides_of_sequence(of_x)
+                dense = torch.empty_strided(shape, stride, dtype=x_dtype, device=of_x.device)
+            dense[a:b] = of_x
         del ctx.module.weight_at_hand
+        grad_x: Tensor | None = dense
+        if later:
+            grad_x = lazy_gradient(tensor, of_input, options, grad)
+        elif need_x and is_lazy:
+            grad_x = kept_gradient(tensor, kept, options)
         return grad_x, *sums, None, None
 
 
@@ -206,7 +258,8 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Lazy, pool: layer.MaxPool2d, options: Options) -> Tensor:
         ctx.geometry = pool.geometry()
-        ctx.x, ctx.options = x.same(), options
+        ctx.options = options
+        ctx.save_for_backward(x)
         packed, like = [], None
         for t in range(x.shape[0]):
             like, _ = torch.ops.aten.max_pool2d_with_indices(x.make(t, t + 1).flatten(0, 1), *ctx.geometry)
@@ -225,7 +278,8 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gradient_of_pool(ctx.x.make, grad, ctx.x, ctx.geometry, ctx.options), None, None
+        (x,) = ctx.saved_tensors
+        return _gradient_of_pool(x.make, grad, x, ctx.geometry, ctx.options), None, None
 
 
 class _PoolOfBits(torch.autograd.Function):
@@ -240,7 +294,7 @@ class _PoolOfBits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         kept = ctx.kept
-        like = torch.empty_strided(kept.shape, kept.stride, dtype=grad.dtype, device="meta")
+        like = torch.empty_strided(kept.shape, kept.stride, dtype=grad.dtype, device=grad.device)
         return _gradient_of_pool(kept.steps, grad, like, ctx.geometry, LEAN), None, None
 
 
@@ -248,16 +302,16 @@ def _gradient_of_pool(
     images: Chunk, grad: Tensor, like: Tensor, geometry: Geometry, options: Options
 ) -> Lazy:
     """The gradient of a max-pool's input, which is like ``like`` and comes from ``images``."""
-    shape, stride, device = tuple(like.shape), like.stride(), grad.device
+    stride, dtype, device, of_pooled = like.stride(), grad.dtype, grad.device, reader(grad)
+    shape = like.shape
 
     def make(a: int, b: int) -> Tensor:
-        of_y = chunk_of(grad, a, b)
-        assert of_y is not None
-        of_x = torch.empty_strided((b - a, *shape[1:]), stride, dtype=grad.dtype, device=device)
+        of_y = of_pooled(a, b)
+        of_x = torch.empty_strided((b - a, *shape[1:]), stride, dtype=dtype, device=device)
         for t in range(a, b):  # a step at a time: the int64 places are large
             x = images(t, t + 1)[0]
             _, places = torch.ops.aten.max_pool2d_with_indices(x, *geometry)
             of_x[t - a] = torch.ops.aten.max_pool2d_with_indices_backward(of_y[t - a], x, *geometry, places)
         return of_x
 
-    return Lazy(shape, stride, grad.dtype, device, make, options)
+    return lazy_gradient(like, make, options, grad)

@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scalesnn import functional
 from scalesnn.base import MemoryModule
 from scalesnn.kernels import spike_conv
-from scalesnn.memory.lazy import Lazy, handle
+from scalesnn.memory.handlers import handle
+from scalesnn.memory.lazy import Lazy
 from scalesnn.memory.policy import Policy, apply_policy
 
 __all__ = ["Device", "Trace", "fake_copy", "potentials", "trace"]
 
 CONVOLUTIONS = ("aten::convolution", "aten::conv2d", "scalesnn::spike_conv2d")
 EMPTY = ("aten::empty", "aten::empty_strided")
-UNTOUCHED = ("aten::max_pool2d_with_indices_backward", 1)  # only its shape is read
 LOOK_UP = 0.4  # of the time of a product: what a convolution of spikes takes on the CPU
 
 
@@ -138,7 +138,7 @@ class _Ledger(TorchDispatchMode):
         name = func._schema.name
         if self.lazy_pages:  # memory that nobody has touched takes none
             for index, arg in enumerate(args):
-                if type(arg).__name__ == "FakeTensor" and not _only_shape(name, index, args):
+                if type(arg).__name__ == "FakeTensor" and (index != 1 or _is_read(name, args)):
                     self._see(arg)
         out = func(*args, **(kwargs or {}))
         results = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
@@ -161,11 +161,11 @@ class _Ledger(TorchDispatchMode):
         return out
 
 
-def _only_shape(name: str, index: int, args: tuple[Any, ...]) -> bool:
-    """Whether an operation reads no value of its argument ``index``."""
-    return (name, index) == UNTOUCHED or (
-        name == "aten::convolution_backward" and index == 1 and not args[10][1]
-    )
+def _is_read(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether an operation reads its second argument, and not only its shape."""
+    if name == "aten::convolution_backward":  # the input, for the weight's gradient
+        return bool(args[10][1])
+    return name != "aten::max_pool2d_with_indices_backward"
 
 
 def _size(tensor: Tensor) -> int:
