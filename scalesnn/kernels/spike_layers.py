@@ -15,7 +15,7 @@ from torch import Tensor
 from scalesnn.kernels import spike_conv
 from scalesnn.kernels.ops import unpack
 
-__all__ = ["max_pool2d", "spike_conv2d", "spike_conv2d_weight", "spike_max_pool2d"]
+__all__ = ["convolution_backward", "max_pool2d", "spike_conv2d", "spike_conv2d_weight", "spike_max_pool2d"]
 
 INT16_MAX = 32767
 
@@ -75,33 +75,60 @@ def _(grad, bits, shape, weight, stride, padding, dilation):  # type: ignore[no-
 
 
 def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bits, planes, weight, bias, *ctx.geometry, groups = inputs
-    ctx.planes, ctx.groups, ctx.dtype = planes, groups, x.dtype
+    x, bits, planes, weight, bias, *ctx.geometry = inputs
+    ctx.planes, ctx.dtype = planes, x.dtype
     ctx.shape, ctx.strides = tuple(x.shape), x.stride()
     ctx.bias_sizes = None if bias is None else tuple(bias.shape)
-    ctx.looks_up = spike_conv.suits(x, planes, weight, groups)
+    ctx.looks_up = spike_conv.suits(x, planes, weight, ctx.geometry[-1])
     ctx.save_for_backward(bits, weight)
+
+
+def convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    bits: Tensor | None,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    mask: Sequence[bool],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """torch's ``convolution_backward``: the gradients of input, weight and bias that ``mask`` asks for.
+
+    Args:
+        x: the input [N, C, H, W]; where ``bits`` are given, or the weight's gradient is not asked for, only
+            its form counts.
+        bits: of ``x``, where ``spike_conv.suits``: the weight's gradient is looked up.
+    """
+    of_x = of_weight = of_bias = None
+    need_x, need_weight, need_bias = mask
+    if need_weight and bits is not None:
+        of_weight = spike_conv2d_weight(grad, bits, x.shape, weight, stride, padding, dilation)
+        need_weight = False
+    if need_x or need_weight or need_bias:
+        geometry = (stride, padding, dilation, False, [0, 0], groups)
+        of_x, product, of_bias = torch.ops.aten.convolution_backward(
+            grad, x, weight, bias_sizes, *geometry, [need_x, need_weight, need_bias]
+        )
+        of_weight = product if need_weight else of_weight
+    return of_x, of_weight, of_bias
 
 
 def _conv_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     bits, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    need_x, need_weight, need_bias = needs[0], needs[3], ctx.bias_sizes is not None and needs[4]
-    grad_weight = None
+    mask = [needs[0], needs[3], ctx.bias_sizes is not None and needs[4]]
     if ctx.looks_up:
-        if need_weight:
-            grad_weight = spike_conv2d_weight(grad, bits, ctx.shape, weight, *ctx.geometry)
-        x = grad.new_empty(0).new_empty_strided(ctx.shape, ctx.strides)  # torch looks at its form only
+        x = torch.empty_strided(ctx.shape, ctx.strides, dtype=ctx.dtype, device=grad.device)
     else:
         x = unpack(bits, ctx.planes, ctx.shape, ctx.strides, ctx.dtype)
-    mask = [need_x, need_weight and not ctx.looks_up, need_bias]
-    grad_x = grad_bias = None
-    if any(mask):
-        grad_x, dense_grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, x, weight, ctx.bias_sizes, *ctx.geometry, False, [0, 0], ctx.groups, mask
-        )
-        grad_weight = grad_weight if ctx.looks_up else dense_grad_weight
-    return grad_x, None, None, grad_weight, grad_bias, None, None, None, None
+    packed = bits if ctx.looks_up else None
+    of_x, of_weight, of_bias = convolution_backward(
+        grad, x, packed, weight, ctx.bias_sizes, mask, *ctx.geometry
+    )
+    return of_x, None, None, of_weight, of_bias, None, None, None, None
 
 
 spike_conv2d.register_autograd(_conv_gradients, setup_context=_conv_context)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from scalesnn.kernels import ops
+from scalesnn.kernels.spikes import mark_spikes
 from scalesnn.memory import gradients
 from scalesnn.memory.gradients import options_of, part_of
 from scalesnn.memory.lazy import Lazy, chunk_of, spans, strides_of_sequence
@@ -107,7 +108,8 @@ def _unit(x: Tensor, mean: Any, scale: Any, bias: Any, residual: Any, *rest: Any
     rows, step_shape, stride, dtype = torch.cat(packed), tuple(like.shape[1:]), like.stride(), like.dtype
 
     def spikes(a: int, b: int) -> Tensor:
-        return ops.unpack(rows[a:b], 0, (b - a, *step_shape), stride, dtype)
+        part = ops.unpack(rows[a:b], 0, (b - a, *step_shape), stride, dtype)
+        return mark_spikes(part, 1, rows[a:b])
 
     out = Lazy(shape, strides_of_sequence(like), dtype, x.device, spikes, options)
     return out, torch.cat(potentials) if every else v, rows

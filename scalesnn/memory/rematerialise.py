@@ -48,7 +48,8 @@ class KeptSpikes:
         """Steps ``a`` to ``b``, dense."""
         if self.planes:  # sums of spikes are packed as one
             return self()[a:b]
-        return ops.unpack(self.bits[a:b], 0, (b - a, *self.shape[1:]), self.stride, self.dtype)
+        part = ops.unpack(self.bits[a:b], 0, (b - a, *self.shape[1:]), self.stride, self.dtype)
+        return spikes.mark_spikes(part, self.largest, self.bits[a:b])
 
     def __call__(self) -> Tensor:
         """The tensor, with its marks."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scalesnn import layer
-from scalesnn.kernels import ops, spikes
+from scalesnn.kernels import ops, spike_conv, spike_layers, spikes
 from scalesnn.memory.gradients import kept_gradient, lazy_gradient
 from scalesnn.memory.lazy import Chunk, Kept, Lazy, Options, reader, spans, strides_of_sequence
 from scalesnn.memory.rematerialise import KeptSpikes, ambient
@@ -145,7 +145,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(weight, source.tensor)
         ctx.source, ctx.options, ctx.module = source.without_tensor(), options, module
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.geometry = (module.stride, module.padding, module.dilation, False, [0, 0], module.groups)
+        ctx.geometry = (module.stride, module.padding, module.dilation, module.groups)
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.shape, ctx.x_dtype, ctx.is_lazy = tuple(x.shape), x.dtype, isinstance(x, Lazy)
         chunk = source.chunks()
@@ -175,7 +175,6 @@ class _Convolution(torch.autograd.Function):
         )
         total, *step_shape = ctx.shape
         geometry, bias_sizes, device = ctx.geometry, ctx.bias_sizes, grad.device
-        strides = tensor.stride()[1:]
         cast = weight.detach().to(dtype)  # detached: making a chunk lets ZeRO-3 take the weight away again
 
         small = options.steps  # a unit's gradient comes by chunks; others by any steps, and less is alive
@@ -183,14 +182,19 @@ class _Convolution(torch.autograd.Function):
             small = max(options.steps // 4, 1)
 
         def run(of_images: Tensor, part: Tensor, mask: list[bool]) -> tuple[Any, ...]:
-            of_images = of_images.flatten(0, 1).to(dtype)
-            return torch.ops.aten.convolution_backward(of_images, part, cast, bias_sizes, *geometry, mask)
+            of_images, known = of_images.flatten(0, 1).to(dtype), spikes.is_spikes(part) == 1 and mask[1]
+            bits, planes = (spikes.bits_of(part) if known else None) or (None, 0)
+            part = part.flatten(0, 1).to(dtype)
+            if bits is not None and not spike_conv.suits(part, planes, cast, geometry[-1]):
+                bits = None
+            return spike_layers.convolution_backward(of_images, part, bits, cast, bias_sizes, mask, *geometry)
 
         def of_input(a: int, b: int) -> Tensor:
             out = torch.empty_strided((b - a, *step_shape), tensor.stride(), dtype=x_dtype, device=device)
             for start, end in spans(b - a, small):
-                shape = ((end - start) * step_shape[0], *step_shape[1:])
-                unread = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                unread = torch.empty_strided(
+                    (end - start, *step_shape), tensor.stride(), dtype=dtype, device=device
+                )
                 of_x = run(of_y(a + start, a + end), unread, [True, False, False])[0]
                 out[start:end] = of_x.unflatten(0, (end - start, -1))
             return out
@@ -202,7 +206,7 @@ class _Convolution(torch.autograd.Function):
         mask = [need_x and not later, *needs]
         for a, b in spans(total, options.steps, last_first=True) if any(mask) else ():
             of_images = of_y(a, b)
-            of_x, *of_parameters = run(of_images, source(a, b).flatten(0, 1).to(dtype), mask)
+            of_x, *of_parameters = run(of_images, source(a, b), mask)
             del of_images
             for i, value in enumerate(of_parameters):
                 if value is not None:
@@ -269,7 +273,8 @@ class _Pool(torch.autograd.Function):
         rows, step_shape, stride, dtype = torch.cat(packed), tuple(like.shape[1:]), like.stride(), like.dtype
 
         def make(a: int, b: int) -> Tensor:
-            return ops.unpack(rows[a:b], 0, (b - a, *step_shape), stride, dtype)
+            part = ops.unpack(rows[a:b], 0, (b - a, *step_shape), stride, dtype)
+            return spikes.mark_spikes(part, 1, rows[a:b])
 
         shape = (x.shape[0], *step_shape)
         out = Lazy(shape, strides_of_sequence(like), dtype, x.device, make, options)
