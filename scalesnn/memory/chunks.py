@@ -39,11 +39,6 @@ def run(net: nn.Module, plain: Callable[..., Any], policy: Policy, x_seq: Tensor
     if not policy.chunk_norm and takes_batch_statistics(net):
         from scalesnn.memory.streaming import stream
 
-        if any(hasattr(p, "ds_tensor") for p in net.parameters()):
-            raise UserError(
-                f"{policy} does not work with ZeRO-3: use layer or block, or another strategy (zero2, fsdp)"
-            )
-
         return stream(net, plain, policy, x_seq)
     outputs = []
     for x in x_seq.split(policy.steps):

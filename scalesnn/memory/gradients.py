@@ -21,6 +21,7 @@ from scalesnn.memory.lazy import (
     Lease,
     Options,
     chunk_of,
+    done,
     reader,
     spans,
     strides_of_sequence,
@@ -248,6 +249,7 @@ def unit_backward(grad_spikes: Tensor | None, grad_v: Any, x: Tensor, *rest: Any
                 dense = torch.empty_strided(shape, stride, dtype=of_y.dtype, device=of_y.device)
             dense[chunks[index][0] : chunks[index][1]] = of_y
         del of_y
+    done(x, residual)
     if not with_grad_v_start or start is None:
         start = torch.empty(0, dtype=x.dtype, device=x.device)
     out = dense

@@ -17,7 +17,7 @@ from scalesnn.kernels import ops
 from scalesnn.kernels.spikes import mark_spikes
 from scalesnn.memory import gradients
 from scalesnn.memory.gradients import options_of, part_of
-from scalesnn.memory.lazy import Lazy, chunk_of, spans, strides_of_sequence
+from scalesnn.memory.lazy import Lazy, chunk_of, done, spans, strides_of_sequence
 
 __all__ = ["handle"]
 
@@ -87,8 +87,11 @@ def _unit(x: Tensor, mean: Any, scale: Any, bias: Any, residual: Any, *rest: Any
 
     shape = (total, *x.shape[1:])
     if not charge:  # the normalised sequence itself: made again wherever it is used
+        # ZeRO-3 takes the layer's parameters away when it has run
+        bias = None if bias is None else bias.detach().clone()
         stride = (x[0:1].numel() if not isinstance(x, Lazy) else x.stride(0), *x.stride()[1:])
         out = Lazy(shape, stride, x.dtype, x.device, lambda a, b: run(a, b, None, False)[0], options)
+        out.done = lambda: done(x, residual)
         empty = torch.empty(0, dtype=x.dtype, device=x.device)
         return out, empty, torch.empty((0, 0), dtype=torch.int32, device=x.device)
     borders: list[Tensor | None] = []
@@ -102,6 +105,7 @@ def _unit(x: Tensor, mean: Any, scale: Any, bias: Any, residual: Any, *rest: Any
         if every:
             potentials.append(v_out)
         v = v_out[-1] if every else v_out
+    done(x, residual)
     assert like is not None
     if options.keep_borders and isinstance(x, Lazy) and repeats == 1:
         x.borders[:] = [borders]

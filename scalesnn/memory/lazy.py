@@ -13,7 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Chunk", "Kept", "Lazy", "Lease", "Options", "chunk_of", "reader", "spans", "strides_of_sequence"]
+__all__ = [
+    "Chunk",
+    "Kept",
+    "Lazy",
+    "Lease",
+    "Options",
+    "chunk_of",
+    "done",
+    "reader",
+    "spans",
+    "strides_of_sequence",
+]
 
 Chunk = Callable[[int, int], Tensor]
 
@@ -109,6 +120,7 @@ class Lazy(Tensor):
         borders: the potentials before every chunk, where they are kept. rows: a max-pool's output as bits.
         lease: of a gradient, on the kept sequences that ``make`` reads; None: this is no gradient.
         depth: of a gradient, how many units' backward ``make`` goes through.
+        done: to be called after a sweep over the chunks: gives back weights that were gathered for it.
     """
 
     make: Chunk
@@ -118,6 +130,7 @@ class Lazy(Tensor):
     rows: Tensor
     lease: Lease | None
     depth: int
+    done: Callable[[], None]
 
     @staticmethod
     def __new__(
@@ -134,7 +147,7 @@ class Lazy(Tensor):
         lazy.make, lazy.options = make, options
         lazy.steps = options.steps
         lazy.borders = [] if borders is None else borders
-        lazy.lease, lazy.depth = None, 0
+        lazy.lease, lazy.depth, lazy.done = None, 0, _nothing
         return lazy
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -147,6 +160,7 @@ class Lazy(Tensor):
         other = Lazy(
             tuple(self.shape), self.stride(), self.dtype, self.device, self.make, self.options, self.borders
         )
+        other.done = self.done
         return other if self.lease is None else other.is_gradient(self.lease.sequences, self.depth)
 
     def is_gradient(self, of: Iterable[Kept] = (), depth: int = 0) -> Lazy:
@@ -161,6 +175,7 @@ class Lazy(Tensor):
         out = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device)
         for a, b in spans(self.shape[0], self.steps, last_first=True):
             out[a:b] = self.make(a, b)
+        self.done()
         return out
 
     def become(self, dense: Tensor) -> None:
@@ -196,6 +211,17 @@ def _remember(gradient: Lazy) -> None:
 def _finish(number: int) -> None:
     for gradient in list(_passes.pop(number).values()):
         gradient.become(gradient.whole())
+
+
+def _nothing() -> None:
+    pass
+
+
+def done(*sequences: Tensor | None) -> None:
+    """A sweep over these is over."""
+    for x in sequences:
+        if isinstance(x, Lazy):
+            x.done()
 
 
 def spans(total: int, steps: int, last_first: bool = False) -> Iterator[tuple[int, int]]:

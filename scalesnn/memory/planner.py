@@ -212,7 +212,7 @@ class Planner:
     def policies(self) -> list[Policy]:
         """The exact policies worth trying, by predicted time."""
         names = ["none", "layer", "block"]
-        if len(self.shape) == 5 and self.strategy != "zero3":  # which time:K does not work with
+        if len(self.shape) == 5:
             T = self.shape[0]
             if T > 1:
                 names += [f"time:{max(T // 4, 1)}", f"layer+time:{max(T // 4, 1)}"]

@@ -1,7 +1,8 @@
 """Policy ``time:K`` with BatchNorm over the whole sequence: layer after layer, each in chunks of K steps.
 
 A convolution makes no output but a ``Lazy`` one. BatchNorm reads it chunk by chunk for the statistics, the
-unit once more for the spikes, which stay as bits; backward makes the chunks again, last to first.
+unit once more for the spikes, which stay as bits; backward makes the chunks again, last to first, and so
+come the gradients (see ``gradients``).
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ def stream(net: nn.Module, plain: Any, policy: Policy, x_seq: Tensor) -> Any:
 
 
 def _is_sharded(net: nn.Module) -> bool:
-    """Whether a module's weights are there only while it is at work (FSDP2)."""
-    return any(hasattr(module, "_get_fsdp_state") for module in net.modules())
+    """Whether a module's weights are there only while it is at work (ZeRO-3, FSDP2)."""
+    return any(hasattr(module, "_get_fsdp_state") for module in net.modules()) or any(
+        hasattr(parameter, "ds_tensor") for parameter in net.parameters()
+    )
 
 
 class _Source:
@@ -105,9 +108,15 @@ class _Source:
 class _StreamedConv:
     """Mixin put before a convolution's class."""
 
+    weight_at_hand = False  # it is gathered for the module's backward
+    lend_to: list[Tensor | None] | None = None  # takes copies of weight and bias in the module's next call
+
     def forward(self, x: Tensor) -> Tensor:
         """A Lazy output where the policy is at work; else torch's."""
         plain = super().forward  # type: ignore[misc]
+        if self.lend_to is not None:
+            assert isinstance(self, layer.Conv2d)
+            self.lend_to[:] = [None if p is None else p.detach().clone() for p in (self.weight, self.bias)]
         if not _active or not torch.is_grad_enabled() or x.dim() != 5 or x.shape[0] == 1:
             return plain(x)
         if not isinstance(x, Lazy) and x.stride(0) == 0:  # one image repeated: convolved once
@@ -138,7 +147,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: layer.Conv2d, options: Options
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: Any, options: Options
     ) -> Tensor:
         device = x.device.type
         context, source = ambient(device), _Source(x)
@@ -149,17 +158,30 @@ class _Convolution(torch.autograd.Function):
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.shape, ctx.x_dtype, ctx.is_lazy = tuple(x.shape), x.dtype, isinstance(x, Lazy)
         chunk = source.chunks()
+        # ZeRO-3 gathers the weight in the module's own call, and takes it away after: one call a sweep
+        lent: list[Tensor | None] = []
+        if hasattr(weight, "ds_tensor"):
+            lent = [weight.detach().clone(), None if bias is None else bias.detach().clone()]
 
         def make(a: int, b: int) -> Tensor:
+            part = chunk(a, b)
             with torch.no_grad(), context():
-                if getattr(module, "weight_at_hand", False):
-                    return module.forward(chunk(a, b))
-                return module(chunk(a, b))  # ZeRO-3 gathers the weight in the module's own call
+                if module.weight_at_hand or not hasattr(weight, "ds_tensor"):
+                    return module.forward(part)
+                if not lent:
+                    module.lend_to = lent
+                    try:
+                        return module(part)
+                    finally:
+                        module.lend_to = None
+                return module._conv_forward(part.flatten(0, 1), *lent).unflatten(0, part.shape[:2])
 
         with torch.no_grad():
             probe = make(0, 1)
         shape = (x.shape[0], *probe.shape[1:])
-        return Lazy(shape, strides_of_sequence(probe), probe.dtype, probe.device, make, options)
+        out = Lazy(shape, strides_of_sequence(probe), probe.dtype, probe.device, make, options)
+        out.done = lent.clear
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -175,7 +197,7 @@ class _Convolution(torch.autograd.Function):
         )
         total, *step_shape = ctx.shape
         geometry, bias_sizes, device = ctx.geometry, ctx.bias_sizes, grad.device
-        cast = weight.detach().to(dtype)  # detached: making a chunk lets ZeRO-3 take the weight away again
+        cast = weight.detach().to(dtype)
 
         small = options.steps  # a unit's gradient comes by chunks; others by any steps, and less is alive
         if not isinstance(grad, Lazy) or grad.depth == 0:
@@ -202,7 +224,7 @@ class _Convolution(torch.autograd.Function):
         later = need_x and is_lazy and not options.at_once
         kept, dense = Kept(total, options.steps), None
         sums: list[Tensor | None] = [None, None]
-        ctx.module.weight_at_hand = True  # its own call would have ZeRO-3 take the weight away again
+        ctx.module.weight_at_hand = True
         mask = [need_x and not later, *needs]
         for a, b in spans(total, options.steps, last_first=True) if any(mask) else ():
             of_images = of_y(a, b)
@@ -222,7 +244,7 @@ class _Convolution(torch.autograd.Function):
                 shape, stride = (total, *of_x.shape[1:]), strides_of_sequence(of_x)
                 dense = torch.empty_strided(shape, stride, dtype=x_dtype, device=of_x.device)
             dense[a:b] = of_x
-        del ctx.module.weight_at_hand
+        ctx.module.weight_at_hand = False
         grad_x: Tensor | None = dense
         if later:
             grad_x = lazy_gradient(tensor, of_input, options, grad)

@@ -1,13 +1,15 @@
 """One rank of two: a few training steps under every policy with one strategy, compared with ``none``.
 
-``python memory_worker.py STRATEGY POLICY…`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. Prints,
-from rank 0, JSON: policy → largest differences of losses and trained weights, and all-gathers of a step.
+``python memory_worker.py STRATEGY POLICY…`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; strategy
+zero3-tight is ZeRO-3 that keeps no gathered weight. Prints, from rank 0, JSON: policy → largest differences
+of losses and trained weights, and all-gathers of a step.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +27,29 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NET, STEPS = "spiking_resnet18", 2
 
 
+def deepspeed_config(strategy: str) -> str:
+    """The path of its configuration."""
+    path = CONFIGS / f"{strategy.removesuffix('-tight')}.json"
+    if not strategy.endswith("-tight"):
+        return str(path)
+    config = json.loads(path.read_text())
+    tight = (
+        "max_live_parameters",
+        "max_reuse_distance",
+        "prefetch_bucket_size",
+        "param_persistence_threshold",
+    )
+    config["zero_optimization"].update({f"stage3_{name}": 0 for name in tight})
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(config, file)
+    return file.name
+
+
 def arguments(strategy: str) -> Any:
     """The flags that strategies read."""
     return SimpleNamespace(
         strategy="auto" if strategy.startswith("zero") else strategy,
-        deepspeed_config=str(CONFIGS / f"{strategy}.json") if strategy.startswith("zero") else None,
+        deepspeed_config=deepspeed_config(strategy) if strategy.startswith("zero") else None,
         fsdp_config=str(CONFIGS / "fsdp.yaml") if strategy == "fsdp" else None,
         deepspeed=False, local_rank=None, world_size=None, dist_url="env://", dist_timeout=2.0,
         sync_bn=True, clip_grad_norm=None, gradient_accumulation=1, on_nan="stop", ddp_static_graph=False,

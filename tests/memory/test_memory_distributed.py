@@ -43,8 +43,21 @@ def run(strategy: str, policies: list[str]) -> dict[str, dict[str, float]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_policies_train_the_same_net_on_two_ranks(strategy):
-    policies = ["layer", "block"] + ["layer+time:2"] * (strategy != "zero3")
+    policies = ["layer", "block", "layer+time:2"]
     found = run(strategy, policies)
     for policy in policies:
         assert found[policy]["losses"] < 1e-5, (policy, found)
         assert found[policy]["state"] < 1e-5, (policy, found)
+        if strategy == "fsdp":  # blocks are gathered for forward and for backward, whatever runs inside
+            assert found[policy]["gathers"] == found["none"]["gathers"], (policy, found)
+
+
+@pytest.mark.distributed
+def test_chunks_do_not_gather_weights_again():
+    policies = ["layer+time:2", "time:1"]
+    found = run("zero3-tight", policies)
+    convolutions = 20
+    for policy in policies:
+        assert found[policy]["state"] < 1e-5, (policy, found)
+        extra = found[policy]["gathers"] - found["none"]["gathers"]
+        assert 0 < extra <= 2 * convolutions, (policy, found)  # their backward, not their chunks
