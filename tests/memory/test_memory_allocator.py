@@ -153,15 +153,30 @@ def test_torch_finds_an_allocator_like_its_own():
 early = block(2)
 conv = torch.nn.Conv2d(64, 64, 3)
 conv(torch.ones(4, 64, 32, 32)).sum().backward()
+begin, used = threading.Event(), []
+def small_blocks():  # of a heap that glibc keeps for this thread, at addresses above the arena
+    used.append(torch.ones(100).sum())
+    begin.wait()
+    used.append(torch.ones(100).sum())
+thread = threading.Thread(target=small_blocks)
+thread.start()
+while not used:
+    pass
 assert use_arena() and use_arena()
+begin.set()
+thread.join()
+assert len(used) == 2
 del early, conv.weight.grad  # of the allocator before
 conv(torch.ones(4, 64, 32, 32)).sum().backward()
 assert torch.empty(0).numel() == 0
 assert all(torch.empty(n, dtype=torch.uint8).data_ptr() % 64 == 0 for n in (1, 70_000, 2**20 + 1, 2**22))
 assert bool((block(2).resize_(2**23)[: 2**21] == 1).all())
 assert block(4).share_memory_().sum() == 4 * MiB
+more = 2 * os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()  # than the machine has, not than the arena
+if open("/proc/sys/vm/overcommit_memory").read().strip() == "1":
+    more = 2**50
 try:
-    torch.empty(2**50, dtype=torch.uint8)
+    torch.empty(more, dtype=torch.uint8)
 except RuntimeError as error:
     assert "can't allocate memory" in str(error)
 else:
@@ -170,5 +185,33 @@ with torch.profiler.profile(profile_memory=True) as profile:
     large = torch.empty(4 * MiB, dtype=torch.uint8)
 assert any(event.self_cpu_memory_usage == 4 * MiB for event in profile.key_averages())
 at_exit = block(4)  # freed when the interpreter is gone
+"""
+    run(script)
+
+
+def test_a_fork_in_the_midst_of_an_allocation_leaves_the_child_able_to_allocate():
+    script = """
+import signal
+assert use_arena()
+gaps = [torch.empty(2**16, dtype=torch.uint8) for _ in range(40_000)][::2]  # a search is long
+over = threading.Event()
+def search():
+    while not over.is_set():
+        torch.empty(2**17, dtype=torch.uint8)
+thread = threading.Thread(target=search)
+thread.start()
+for _ in range(20):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        torch.empty(2**17, dtype=torch.uint8)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    if status:
+        os._exit(1)
+while gaps:  # freed while the other thread searches
+    gaps.pop()
+over.set()
+thread.join()
 """
     run(script)
