@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 RESULTS = Path(__file__).parent / "results"
+sys.path.insert(1, str(Path(__file__).parents[1]))  # scalesnn, where it is not installed
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:

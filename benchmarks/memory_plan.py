@@ -2,8 +2,8 @@
 
     python benchmarks/memory_plan.py
 
-Each configuration is measured above the loaded model, in a process of its own in which freed blocks go back
-to the system at once (MALLOC_MMAP_THRESHOLD_), so that resident memory is what is alive.
+Each configuration is measured above the loaded model, in a process of its own, set up as the Trainer sets it
+up (``memory.use_arena``).
 Writes benchmarks/results/memory_plan.json.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,16 +33,17 @@ CONFIGURATIONS = [
 
 
 def predicted(net: str, T: int, N: int, size: int, policy: str) -> int:
-    """Bytes of activations and gradients at the worst moment."""
+    """Bytes of a step above the loaded model at the worst moment."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from scalesnn.memory import Policy
-    from scalesnn.memory.trace import trace
+    from scalesnn.memory.planner import Planner
 
     mode = FakeTensorMode()
     with mode:
         model = make_ours(net)
-    return trace(model, (T, N, 3, size, size), Policy.parse(policy), mode=mode).peak()
+    planner = Planner(model, (T, N, 3, size, size), 0, device_type="cpu", mode=mode)
+    return planner.step_bytes(Policy.parse(policy))
 
 
 def main() -> None:
@@ -58,10 +58,7 @@ def main() -> None:
     for net, T, policy in CONFIGURATIONS:
         flags = ["--net", net, "--T", str(T), "--batch-size", str(args.batch_size), "--size", str(args.size)]
         command = [sys.executable, str(Path(__file__).with_name("memory_peak.py")), *flags, "--timed", "0"]
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(
-            [*command, "--only", policy], capture_output=True, text=True, check=True, env=environment
-        )
+        done = subprocess.run([*command, "--only", policy], capture_output=True, text=True, check=True)
         measured = json.loads(done.stdout.splitlines()[-1])["peak"]
         plan = predicted(net, T, args.batch_size, args.size, policy)
         row = {"net": net, "T": T, "policy": policy, "predicted": plan, "measured": measured}

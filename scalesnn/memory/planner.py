@@ -38,6 +38,7 @@ PREFETCH = 3  # batches that the input pipeline keeps on the device
 TRIES = 6  # traces of a search, for a mix of layers or the largest T
 
 
+DEEP = 100  # convolutions
 ENOUGH = 0.98  # of the budget in use ends the search for the largest T
 
 
@@ -139,9 +140,20 @@ class Planner:
             )
         return self._traces[key]
 
+    @property
+    def is_deep(self) -> bool:
+        """Whether traces of many chunks of time would take minutes."""
+        return sum(isinstance(m, nn.Conv2d) for m in self.model.modules()) > DEEP
+
     def peak(self, policy: Policy, shape: tuple[int, ...] | None = None) -> int:
         """Bytes of everything at the worst moment."""
-        return self._constant + self.trace(policy, shape).peak(self.gradient_share)
+        return self._constant + self.step_bytes(policy, shape)
+
+    def step_bytes(self, policy: Policy, shape: tuple[int, ...] | None = None) -> int:
+        """Bytes that a step takes above what is there before it: activations, gradients, and what the
+        allocator and the convolutions hold beside them."""
+        peak = self.trace(policy, shape).peak(self.gradient_share)
+        return int(peak * (1 + self.device.slack)) + self.device.overhead
 
     @property
     def _constant(self) -> int:
@@ -170,8 +182,9 @@ class Planner:
     def _largest_batch(self, policy: Policy) -> int:
         """The largest batch that fits: activations grow with it, gradients do not."""
         batch, found = self.shape[-4], self.trace(policy)
+        room_of_step = (self.budget - self._constant - self.device.overhead) / (1 + self.device.slack)
         room = (
-            (self.budget - self._constant - self.gradient_share * gradients) * batch / max(activations, 1)
+            (room_of_step - self.gradient_share * gradients) * batch / max(activations, 1)
             for activations, gradients in found.events
         )
         return max(int(min(room, default=0)), 0)
@@ -216,7 +229,7 @@ class Planner:
             T = self.shape[0]
             if T > 1:
                 names += [f"time:{max(T // 4, 1)}", f"layer+time:{max(T // 4, 1)}"]
-            if T >= 8:  # time:K with a smaller K keeps more potentials, and is slower
+            if T >= 8 and not self.is_deep:  # time:K with a smaller K keeps more potentials, and is slower
                 names.append(f"layer+time:{T // 8}")
         found = [Policy.parse(name) for name in names]
         return [p for p in found if not p.block or residual_blocks(self.model)]
