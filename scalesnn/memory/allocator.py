@@ -25,7 +25,7 @@ LARGEST = 2**30  # bytes; a block above it is still mapped by itself and given b
 @cache
 def use_arena() -> bool:
     """From here on, CPU tensors of this process lie in an arena (``arena.cpp``): freed memory is kept for
-    the next step, up to the most bytes that were ever alive at once and about 4 % more.
+    the next step, up to the most bytes that were ever alive at once and a quarter more.
 
     By default glibc hands large blocks back to the system at once, which clears and maps every page of them
     anew at the next step; told to keep them, its heap splits and holds about twice of what is alive. After a

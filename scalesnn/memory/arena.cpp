@@ -29,7 +29,7 @@
 
 namespace {
 
-constexpr size_t SMALLEST = 64 << 10, MIDDLE = 1 << 20, SLACK = 24;
+constexpr size_t SMALLEST = 64 << 10, MIDDLE = 1 << 20, SLACK = 4;
 constexpr size_t RANGE = 4;  // reserved addresses, in multiples of the machine's memory: splitting takes some
 
 struct Free {

@@ -146,14 +146,12 @@ class Planner:
         return sum(isinstance(m, nn.Conv2d) for m in self.model.modules()) > DEEP
 
     def peak(self, policy: Policy, shape: tuple[int, ...] | None = None) -> int:
-        """Bytes of everything at the worst moment."""
-        return self._constant + self.step_bytes(policy, shape)
+        """Bytes of everything at the worst moment, with what the allocator may hold beside."""
+        return self._constant + int(self.step_bytes(policy, shape) * (1 + self.device.slack))
 
     def step_bytes(self, policy: Policy, shape: tuple[int, ...] | None = None) -> int:
-        """Bytes that a step takes above what is there before it: activations, gradients, and what the
-        allocator and the convolutions hold beside them."""
-        peak = self.trace(policy, shape).peak(self.gradient_share)
-        return int(peak * (1 + self.device.slack)) + self.device.overhead
+        """Bytes that are alive at the worst moment of a step, above what is there before it."""
+        return self.trace(policy, shape).peak(self.gradient_share) + self.device.overhead
 
     @property
     def _constant(self) -> int:
@@ -182,7 +180,7 @@ class Planner:
     def _largest_batch(self, policy: Policy) -> int:
         """The largest batch that fits: activations grow with it, gradients do not."""
         batch, found = self.shape[-4], self.trace(policy)
-        room_of_step = (self.budget - self._constant - self.device.overhead) / (1 + self.device.slack)
+        room_of_step = (self.budget - self._constant) / (1 + self.device.slack) - self.device.overhead
         room = (
             (room_of_step - self.gradient_share * gradients) * batch / max(activations, 1)
             for activations, gradients in found.events

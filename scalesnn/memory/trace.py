@@ -36,8 +36,8 @@ LOOK_UP = 0.4  # of the time of a product: what a convolution of spikes takes on
 @dataclass(frozen=True)
 class Device:
     """How fast a kind of device is, for relative step times: operations and bytes a second that training
-    reaches. ``rounding``: its allocator hands out multiples of this; ``slack``: what it holds beside what is
-    alive, as a share of that; ``overhead``: bytes that a step takes beside tensors (weights that convolutions
+    reaches. ``rounding``: its allocator hands out multiples of this; ``slack``: what it may hold beside what
+    is alive, as a share of that; ``overhead``: bytes that a step takes beside tensors (weights that convolutions
     put into another order, small blocks of the heap)."""
 
     flops: float
@@ -47,7 +47,7 @@ class Device:
     overhead: int = 0
 
 
-CPU = Device(5e10, 8e9, 64, 1 / 24, 7 << 20)  # the arena's; measured by benchmarks/memory_plan.py
+CPU = Device(5e10, 8e9, 64, 1 / 4, 7 << 20)  # the arena's; measured by benchmarks/memory_plan.py
 GPU = Device(2e14, 2e12, 512)
 
 

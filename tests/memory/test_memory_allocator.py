@@ -56,8 +56,8 @@ print(most - start)
 
 
 def test_a_heap_that_splits_holds_little_more_than_what_is_alive():
-    assert float(run(SPLITTING, "heap").stdout) > 1.3 * 64, "nothing splits here: the test is blind"
-    assert float(run(SPLITTING, "arena").stdout) < 1.08 * 64
+    assert float(run(SPLITTING, "heap").stdout) > 2 * 64, "nothing splits here: the test is blind"
+    assert float(run(SPLITTING, "arena").stdout) < 1.3 * 64, "a quarter more, and what Python takes"
 
 
 FEWEST_FAULTS = """
