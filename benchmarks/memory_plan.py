@@ -71,11 +71,12 @@ def main() -> None:
     for net, T, policy in CONFIGURATIONS:
         alive, arena = (measured(net, T, policy, args, give_back) for give_back in (True, False))
         plan = predicted(net, T, args.batch_size, args.size, policy)
-        row = {"net": net, "T": T, "policy": policy, "predicted": plan, "measured": alive, "arena": arena}
-        rows.append({**row, "error": plan / alive - 1, "arena_over_alive": arena / alive - 1})
+        row = {"net": net, "T": T, "policy": policy, "predicted": plan, "measured": alive}
+        rows.append({**row, "error": plan / alive - 1, "arena": arena, "arena_over_alive": arena / alive - 1})
         print(
             f"{net:18} T = {T:3} {policy:14} predicted {plan / 2**20:6.0f} MiB, measured "
-            f"{alive / 2**20:6.0f} MiB, error {100 * rows[-1]['error']:+.1f} %; arena {arena / 2**20:.0f} MiB",
+            f"{alive / 2**20:6.0f} MiB, error {100 * rows[-1]['error']:+.1f} %; "
+            f"arena {arena / 2**20:.0f} MiB",
             flush=True,
         )
         save("memory_plan", {"machine": machine(), "arguments": vars(args), "configurations": rows})

@@ -35,10 +35,15 @@ LOOK_UP = 0.4  # of the time of a product: what a convolution of spikes takes on
 
 @dataclass(frozen=True)
 class Device:
-    """How fast a kind of device is, for relative step times: operations and bytes a second that training
-    reaches. ``rounding``: its allocator hands out multiples of this; ``slack``: what it may hold beside what
-    is alive, as a share of that; ``overhead``: bytes that a step takes beside tensors (weights that convolutions
-    put into another order, small blocks of the heap)."""
+    """A kind of device.
+
+    Attributes:
+        flops, bandwidth: operations and bytes a second that training reaches; for relative step times.
+        rounding: its allocator hands out multiples of this.
+        slack: what the allocator may hold beside what is alive, as a share of that.
+        overhead: bytes that a step takes beside tensors: weights that convolutions put into another order,
+            small blocks of the heap.
+    """
 
     flops: float
     bandwidth: float
