@@ -8,6 +8,7 @@ come the gradients (see ``gradients``).
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["install", "install_pools", "remove", "stream"]
 
 Geometry = tuple[list[int], list[int], list[int], list[int], bool]
+LARGE = 16  # times a weight's size is a chunk that gradients cut further
 LEAN = Options(4)  # a gradient in chunks of 4 steps
 _active: list[Options] = []
 
@@ -201,7 +203,10 @@ class _Convolution(torch.autograd.Function):
         cast = weight.detach().to(dtype)
 
         small = options.steps  # a unit's gradient comes by chunks; others by any steps, and less is alive
-        if not isinstance(grad, Lazy) or grad.depth == 0:
+        large = (
+            options.steps * math.prod(step_shape) > LARGE * weight.numel()
+        )  # a call handles the weight, too
+        if large and (not isinstance(grad, Lazy) or grad.depth == 0):
             small = max(options.steps // 4, 1)
 
         def run(of_images: Tensor, part: Tensor, mask: list[bool]) -> tuple[Any, ...]:
