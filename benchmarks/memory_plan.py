@@ -26,7 +26,7 @@ CONFIGURATIONS = [
     for net, T, policies in (
         ("spiking_resnet18", 4, ("none", "layer", "block")),
         ("spiking_resnet18", 24, ("none", "block", "time:6", "layer+time:8")),
-        ("spiking_resnet18", 128, ("layer+time:8",)),
+        ("spiking_resnet18", 64, ("layer+time:8",)),
         ("spiking_resnet34", 8, ("none", "layer", "time:4")),
         ("spiking_resnet50", 8, ("none", "layer", "block", "layer+time:4")),
     )

@@ -69,6 +69,7 @@ def main() -> None:
     """Run both in turn and write benchmarks/results/whole_run.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=FIRST_SEED, help="of the first round")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--data-path", default=str(SAMPLE))
     args = parser.parse_args()
@@ -80,7 +81,7 @@ def main() -> None:
             for place, name in enumerate(MODULES):
                 output = Path(folder) / f"{number}-{place}"
                 results[name].append(
-                    run(name, peer, output, args.epochs, args.data_path, FIRST_SEED + number)
+                    run(name, peer, output, args.epochs, args.data_path, args.seed + number)
                 )
                 print(name, "{:.1f} s, test top-1 {:.1f} %".format(*results[name][-1]), flush=True)
     own, other = (results[name] for name in MODULES)
