@@ -80,9 +80,7 @@ def main() -> None:
         for number in range(args.rounds):
             for place, name in enumerate(MODULES):
                 output = Path(folder) / f"{number}-{place}"
-                results[name].append(
-                    run(name, peer, output, args.epochs, args.data_path, args.seed + number)
-                )
+                results[name].append(run(name, peer, output, args.epochs, args.data_path, args.seed + number))
                 print(name, "{:.1f} s, test top-1 {:.1f} %".format(*results[name][-1]), flush=True)
     own, other = (results[name] for name in MODULES)
     ratios = [b[0] / a[0] for a, b in zip(own, other, strict=True)]
