@@ -194,7 +194,7 @@ class Planner:
             return self.peak(policy, (T, *self.shape[1:]))
 
         far = self.shape[0] if self.shape[0] > policy.steps else 2 * policy.steps
-        near = max(far // 2, policy.steps, 1)
+        near = policy.steps if policy.steps and self.is_deep else max(far // 2, policy.steps, 1)
         if near == far:
             far = 2 * near
         low, high = peak_at(near), peak_at(far)
