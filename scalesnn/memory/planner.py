@@ -202,7 +202,7 @@ class Planner:
         if slope <= 0:
             return far if high <= self.budget else 0
         value = int(far + (self.budget - high) / slope)
-        if policy.steps or value < 1:  # tracing many chunks takes long
+        if policy.steps or value < 1 or value > 32 * far:  # tracing very many steps takes long
             return max(value, 0)
         known = [(near, low), (far, high)]
         fits = max((k for k in known if k[1] <= self.budget), default=(0, 2 * low - high))
