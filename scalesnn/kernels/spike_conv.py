@@ -73,9 +73,8 @@ def convolve(
     geometry, size = _geometry(shape, weight, stride, padding, dilation)
     if min(size) < 1:
         raise RuntimeError(f"the kernel {tuple(weight.shape[2:])} is larger than the images {tuple(shape)}")
-    out = torch.empty((shape[0], weight.shape[0], *size), dtype=weight.dtype).contiguous(
-        memory_format=torch.channels_last
-    )
+    form = (shape[0], weight.shape[0], *size)
+    out = torch.empty(form, dtype=weight.dtype, memory_format=torch.channels_last)
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
     pointers = (bits.contiguous().data_ptr(), weight.data_ptr(), bias if bias is None else bias.data_ptr())
     _call("forward", weight.dtype, geometry, *pointers, out.data_ptr())
