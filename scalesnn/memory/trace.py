@@ -29,6 +29,7 @@ from scalesnn.memory.policy import Policy, apply_policy
 __all__ = ["Device", "Trace", "fake_copy", "potentials", "trace"]
 
 CONVOLUTIONS = ("aten::convolution", "aten::conv2d", "scalesnn::spike_conv2d")
+COMPOSED = ("aten::flatten", "aten::to", "aten::unflatten")  # of others, which FakeTensorMode is slow to find
 EMPTY = ("aten::empty", "aten::empty_strided")
 LOOK_UP = 0.4  # of the time of a product: what a convolution of spikes takes on the CPU
 
@@ -145,6 +146,9 @@ class _Ledger(TorchDispatchMode):
             with self:  # what it does chunk by chunk is counted, too
                 return handle(func, args, kwargs or {})
         name = func._schema.name
+        if name in COMPOSED:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         if self.lazy_pages:  # memory that nobody has touched takes none
             for index, arg in enumerate(args):
                 if type(arg).__name__ == "FakeTensor" and (index != 1 or _is_read(name, args)):

@@ -41,7 +41,7 @@ def unit(
 
 
 @pytest.mark.parametrize("setting", NEURONS, ids=NAMES)
-@pytest.mark.parametrize("T", [1, 5, 33])
+@pytest.mark.parametrize("T", [1, 5, 33, 70])  # 33 and 70: two and three chunks in the backward sweep
 def test_neuron_and_gradients_equal_the_oracle_in_float64(engine: str, setting: Neuron, T: int) -> None:
     if engine != "cpu" and T == 5 and setting.learned:
         T = 8

@@ -154,7 +154,7 @@ def test_the_gradient_is_there_once():
         with mode:
             model = nets.NETS["spiking_resnet18"]()
             nets.functional.set_step_mode(model, "m")
-        return trace(model, (steps, 1, 3, 64, 64), Policy.parse("layer+time:2"), mode=mode).peak()
+        return trace(model, (steps, 1, 3, 64, 64), Policy.parse("layer+time:8"), mode=mode).peak()
 
     one = 64 * 16 * 16 * 4  # bytes of a step of the first stage, the widest
     assert (peak(96) - peak(48)) / 48 < 1.8 * one  # a gradient, the bits of all spikes, potentials

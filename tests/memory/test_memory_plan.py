@@ -80,9 +80,10 @@ def arguments(*words):
     return parser.parse_args(words)
 
 
-def test_auto_takes_the_cheapest_that_fits(long_planner):
-    model = nets.make("spiking_resnet18", torch.float32)
-    needs = {p: long_planner.peak(Policy.parse(p)) for p in ("none", "layer+time:4")}
+def test_auto_takes_the_cheapest_that_fits():
+    model = nets.make("chain", torch.float32)
+    planner = Planner(model, LONG, 10**9, device_type="cpu")
+    needs = {p: planner.peak(Policy.parse(p)) for p in ("none", "layer+time:4")}
 
     def chosen(budget):
         args = arguments("--activation-checkpoint", "auto", "--memory-budget", str(budget))
@@ -96,6 +97,16 @@ def test_auto_takes_the_cheapest_that_fits(long_planner):
     assert chosen(needs["layer+time:4"] + 10**5).steps
     with pytest.raises(UserError, match="largest T"):
         chosen(10**6)
+
+
+def test_as_few_convolutions_as_fit_are_run_again(long_planner):
+    none, layer = long_planner.trace(Policy()), long_planner.trace(Policy(layer=True))
+    long_planner.budget = (long_planner.peak(Policy()) + long_planner.peak(Policy(layer=True))) // 2
+    mixed = long_planner._mix(Policy(layer=True))
+    assert 0 < len(mixed.only) < len(layer.convolutions)
+    assert long_planner.peak(mixed) <= long_planner.budget
+    seconds = [found.seconds(long_planner.device) for found in (none, long_planner.trace(mixed), layer)]
+    assert seconds == sorted(seconds)
 
 
 def test_a_policy_of_some_convolutions_is_exact():
