@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scalesnn.base import MemoryModule, MultiStepModule, StepModule, UserError
 from scalesnn.functional import multi_step_forward, seq_to_ann_forward
-from scalesnn.kernels import ops, spike_layers, spikes
+from scalesnn.kernels import normalisation, spike_layers, spikes
 from scalesnn.kernels.unit import Normalisation, normalise, usable
 from scalesnn.neuron import BaseNode
 
@@ -256,7 +256,7 @@ class BatchNorm2d(_NormUnit, nn.BatchNorm2d):
         if self._uses_batch():
             repeated = _is_repeated(x)
             with torch.no_grad():
-                moments = ops.batch_statistics(_once(x).unsqueeze(0) if repeated else x)
+                moments = normalisation.batch_statistics(_once(x).unsqueeze(0) if repeated else x)
                 count = torch.full((), x.numel() // x.shape[2], dtype=torch.float64, device=x.device)
                 mean, variance, count = _over_group(moments, count, self.group)
                 if self.training:
@@ -315,10 +315,10 @@ class BatchNorm2d(_NormUnit, nn.BatchNorm2d):
         dims = [d for d in range(x.dim()) if d != x.dim() - 3]
         wide = x.double() if x.dtype == torch.float64 else x.float()
         count = torch.full((), x.numel() // x.shape[-3], dtype=torch.float64, device=x.device)
-        count = ops.all_reduce(count, self.group).to(wide.dtype)
-        mean = ops.differentiable_all_reduce(wide.sum(dims), self.group) / count
+        count = normalisation.all_reduce(count, self.group).to(wide.dtype)
+        mean = normalisation.differentiable_all_reduce(wide.sum(dims), self.group) / count
         centred = wide - mean[:, None, None]
-        variance = ops.differentiable_all_reduce(centred.square().sum(dims), self.group) / count
+        variance = normalisation.differentiable_all_reduce(centred.square().sum(dims), self.group) / count
         if self.training:
             self._update_running_statistics(mean.detach(), variance.detach(), count)
         y = centred * (variance + self.eps).rsqrt()[:, None, None]
@@ -333,10 +333,10 @@ def _over_group(moments: Tensor, count: Tensor, group: str) -> tuple[Tensor, Ten
     if not group:
         return moments[0], moments[1], count
     moments = torch.where(count > 0, moments, 0)  # a rank without images has a say of nought
-    total = ops.all_reduce(count, group)
-    mean = ops.all_reduce(moments[0] * count, group) / total
+    total = normalisation.all_reduce(count, group)
+    mean = normalisation.all_reduce(moments[0] * count, group) / total
     squares = (moments[1] + (moments[0] - mean).square()) * count
-    return mean, ops.all_reduce(squares, group) / total, total
+    return mean, normalisation.all_reduce(squares, group) / total, total
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -244,8 +244,8 @@ def main() -> int:
     if args.only_survivors:
         result = json.loads(RESULTS.read_text(encoding="utf-8"))
         counts |= {name: result[name] for name in counts} | {SURVIVED: 0}
-        known = {(row["source"], row["changed to"]) for row in result["survivors"]}
-        chosen = [mutant for mutant in every if (mutant.source, mutant.changed) in known]
+        known = {(row["source"], row["line"], row["changed to"]) for row in result["survivors"]}
+        chosen = [mutant for mutant in every if (mutant.source, mutant.line, mutant.changed) in known]
     outcomes = run_all(chosen, args.jobs or 1, Path(tempfile.gettempdir()) / "scalesnn-mutants.jsonl")
     for outcome in outcomes.values():
         counts[outcome] += 1

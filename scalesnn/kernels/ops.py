@@ -1,4 +1,4 @@
-"""The fused ops: torch.library custom ops with fake and autograd registrations.
+"""The fused unit, normalise + charge + fire + reset: a custom op with fake and autograd registrations.
 
 Names of shapes: T time-steps, N batch, C channels, … space. x is [T, N, C, …], or [1, N, C, …] with
 ``repeats`` = T where all steps are the same. The equations: docs/kernels.md.
@@ -13,21 +13,11 @@ import torch
 from torch import Tensor
 
 from scalesnn.kernels.launch import dense, empty, layout_of, like, real_dtype, run
+from scalesnn.kernels.normalisation import all_reduce, normalise_backward, normalise_backward_
+from scalesnn.kernels.packing import words_of
 from scalesnn.kernels.source import IDENTITY, STEPS
 
-__all__ = [
-    "CHARGES",
-    "all_reduce",
-    "batch_statistics",
-    "differentiable_all_reduce",
-    "normalise",
-    "normalise_backward",
-    "normalise_backward_",
-    "pack",
-    "unit",
-    "unit_backward",
-    "unpack",
-]
+__all__ = ["CHARGES", "normalise", "unit", "unit_backward"]
 
 CHARGES = {
     "identity": 0,
@@ -35,33 +25,6 @@ CHARGES = {
     "leaky_with_input": 2,
     "leaky": 3,
 }  # enum Charge of the kernel source
-
-
-def _words(size: int) -> int:
-    return (size + 31) // 32
-
-
-# ------------------------------------------------------------------------------------------------ statistics
-@torch.library.custom_op("scalesnn::batch_statistics", mutates_args=())
-def batch_statistics(x: Tensor) -> Tensor:
-    """Mean and biased variance of every channel of ``x`` [T, N, C, …] over all its other dimensions.
-
-    Returns:
-        float64 [2, C]; NaN where ``x`` is empty. Not differentiable: ``unit`` carries the gradient.
-    """
-    x = dense(x)
-    layout = layout_of(x, channels=True)
-    sums = run("statistics", x, layout, steps=x.shape[0], x=x)
-    assert sums is not None
-    lanes = layout.size // layout.channels
-    mean = sums[0] / lanes
-    variance = sums[1] / (lanes * x.shape[0]) + (sums[2] / lanes - mean.square()).clamp_min(0)
-    return torch.stack([mean, variance])
-
-
-@batch_statistics.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty((2, x.shape[2]), dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------------ the unit
@@ -142,7 +105,7 @@ def _unit_outputs(
     steps = x.shape[0] * repeats
     spikes = empty(x, steps)
     v = empty(x, steps if v_every_step else None, real_dtype(x.dtype)) if charge else x.new_empty(0)
-    words = (spikes.shape[0], _words(x[0].numel())) if with_bits else (0, 0)
+    words = (spikes.shape[0], words_of(x[0].numel())) if with_bits else (0, 0)
     return spikes, v, x.new_empty(words, dtype=torch.int32)
 
 
@@ -321,90 +284,6 @@ def _(  # type: ignore[no-untyped-def]
     return empty(x, x.shape[0]), x.new_empty((3, channels), dtype=torch.float64), grad_v_start
 
 
-def _normalise_backward(
-    out: Tensor, grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, coefficients: Tensor | None
-) -> None:
-    real = real_dtype(x.dtype)
-    layout = layout_of(x, channels=True)
-    mean, scale = mean.to(real).contiguous(), scale.to(real).contiguous()
-    parts = None if coefficients is None else coefficients.to(real).contiguous()
-    run(
-        "normalise_backward",
-        x,
-        layout,
-        steps=x.shape[0],
-        x=x,
-        mean=mean,
-        scale=scale,
-        grad_spikes=grad,
-        grad_x=out,
-        mean_grad=None if parts is None else parts[0],
-        slope_grad=None if parts is None else parts[1],
-    )
-
-
-@torch.library.custom_op("scalesnn::normalise_backward", mutates_args=())
-def normalise_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, coefficients: Tensor | None
-) -> Tensor:
-    """The second pass: scale * (grad - coefficients[0] - (x - mean) * coefficients[1]), like ``x``.
-
-    Args:
-        coefficients: [2, C]: the mean of grad_y over a channel, and that of grad_y * (x - mean) / (variance
-            + eps).
-            None where the statistics are constants: scale * grad.
-    """
-    x = dense(x)
-    out = empty(x, x.shape[0])
-    _normalise_backward(out, like(grad, x), x, mean, scale, coefficients)
-    return out
-
-
-@normalise_backward.register_fake
-def _(grad, x, mean, scale, coefficients):  # type: ignore[no-untyped-def]
-    return empty(dense(x), x.shape[0])
-
-
-@torch.library.custom_op("scalesnn::normalise_backward_", mutates_args={"grad"})
-def normalise_backward_(
-    grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, coefficients: Tensor | None
-) -> None:
-    """``normalise_backward`` written over ``grad``, which has the layout of ``x``."""
-    _normalise_backward(grad, grad, dense(x), mean, scale, coefficients)
-
-
-@normalise_backward_.register_fake
-def _(grad, x, mean, scale, coefficients):  # type: ignore[no-untyped-def]
-    return None
-
-
-def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """The sum over a process group, named as torch names it (``group.group_name``); '' leaves the tensor as
-    it is."""
-    if not group:
-        return tensor
-    reduced = torch.ops._c10d_functional.all_reduce(tensor, "sum", group)
-    return torch.ops._c10d_functional.wait_tensor(reduced)
-
-
-class _AllReduce(torch.autograd.Function):
-    """A sum over ranks, whose gradient is the sum of the ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return all_reduce(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.contiguous(), ctx.group), None
-
-
-def differentiable_all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """``all_reduce`` with autograd."""
-    return _AllReduce.apply(tensor, group)
-
-
 def normalise(x: Tensor, affine: Tensor) -> Tensor:
     """(x - mean) * scale + bias in one pass, without autograd; ``affine`` is [3, C] mean, scale and bias."""
     n = None
@@ -508,53 +387,3 @@ def _unit_gradients(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None,
 
 
 unit.register_autograd(_unit_gradients, setup_context=_unit_context)
-
-
-# -------------------------------------------------------------------------------------- spikes as bits
-@torch.library.custom_op("scalesnn::pack", mutates_args=())
-def pack(x: Tensor, planes: int) -> Tensor:
-    """Whole numbers 0 … 2^planes - 1 as bits, in the order in which they lie in memory: int32 [planes,
-    words].
-
-    ``x`` is dense (``launch.dense``). The bits of ``unit`` are those of one plane where its steps are
-    multiples of 32 elements; ``unpack`` takes the number of rows into account.
-    """
-    size = x.numel()
-    bits = x.new_empty((planes, _words(size)), dtype=torch.int32)
-    layout = layout_of(x.unsqueeze(0), channels=False)
-    run("pack", x, layout._replace(size=size), steps=planes, x=x, bits=bits)
-    return bits
-
-
-@pack.register_fake
-def _(x, planes):  # type: ignore[no-untyped-def]
-    return x.new_empty((planes, _words(x.numel())), dtype=torch.int32)
-
-
-@torch.library.custom_op("scalesnn::unpack", mutates_args=())
-def unpack(
-    bits: Tensor, planes: int, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """The tensor that was packed: ``shape``, ``stride`` and ``dtype`` are its own.
-
-    ``bits`` are ``pack``'s, or, with ``planes`` 0, the rows that ``unit`` makes, one a time-step
-    (``shape[0]`` of them, or a multiple where time and batch are one dimension).
-    """
-    out = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=bits.device)
-    size = out.numel()
-    rows = bits.shape[0] if planes == 0 else 1
-    if size == 0:
-        return out
-    layout = layout_of(out.new_empty(1, 1), channels=False)._replace(size=size // rows)
-    if planes or (size // rows) % 32 == 0:
-        run("unpack", out, layout._replace(size=size), steps=max(planes, 1), bits=bits, spikes=out)
-    else:
-        flat = torch.as_strided(out, (rows, size // rows), (size // rows, 1))
-        for row, part in zip(bits, flat, strict=True):
-            run("unpack", out, layout, steps=1, bits=row, spikes=part)
-    return out
-
-
-@unpack.register_fake
-def _(bits, planes, shape, stride, dtype):  # type: ignore[no-untyped-def]
-    return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=bits.device)

@@ -40,7 +40,7 @@ def suits(x: Tensor, planes: int, weight: Tensor, groups: int) -> bool:
     """Whether the convolution of spikes ``x`` [N, C, H, W] with ``weight`` can be looked up.
 
     Args:
-        planes: of the bits (``ops.unpack``); sums of spikes have more than one.
+        planes: of the bits (``packing.unpack``); sums of spikes have more than one.
     """
     return (
         _looks_up

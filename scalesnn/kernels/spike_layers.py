@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scalesnn.kernels import spike_conv
-from scalesnn.kernels.ops import unpack
+from scalesnn.kernels.packing import unpack
 
 __all__ = ["convolution_backward", "max_pool2d", "spike_conv2d", "spike_conv2d_weight", "spike_max_pool2d"]
 

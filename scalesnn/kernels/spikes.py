@@ -14,7 +14,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from scalesnn.kernels import ops
+from scalesnn.kernels import packing
 
 __all__ = [
     "add",
@@ -100,8 +100,9 @@ def is_spikes(tensor: Tensor) -> int:
 
 
 def bits_of(tensor: Tensor) -> tuple[Tensor, int] | None:
-    """The spikes as bits and the number of planes (0: rows of ``ops.unit``), for ``ops.unpack``; None: not
-    spikes.
+    """The spikes as bits and the number of planes (0: rows of ``ops.unit``), for ``packing.unpack``.
+
+    None: not spikes.
 
     Sums of spikes, and spikes that came without bits, are packed at the first call.
     """
@@ -113,7 +114,7 @@ def bits_of(tensor: Tensor) -> tuple[Tensor, int] | None:
     if bits is not None:
         return bits, getattr(tensor, "scalesnn_planes", 0)
     planes = largest.bit_length()
-    bits = ops.pack(tensor.detach(), planes)
+    bits = packing.pack(tensor.detach(), planes)
     if planes == 1 and tensor[0].numel() % 32 == 0:  # then the plane is the rows of ops.unit
         bits, planes = bits.view(tensor.shape[0], -1), 0
     tensor.scalesnn_bits = bits  # type: ignore[attr-defined]

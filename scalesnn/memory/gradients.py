@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalesnn.kernels import ops
+from scalesnn.kernels import normalisation, ops, packing
 from scalesnn.memory.lazy import (
     Chunk,
     Kept,
@@ -189,7 +189,7 @@ def unit_backward(grad_spikes: Tensor | None, grad_v: Any, x: Tensor, *rest: Any
     def residual_part(part: Tensor, a: int, b: int) -> Tensor | None:
         if residual is not None or bits is None:
             return chunk_of(residual, a, b)
-        return ops.unpack(bits[a:b], 0, tuple(part.shape), part.stride(), part.dtype)
+        return packing.unpack(bits[a:b], 0, tuple(part.shape), part.stride(), part.dtype)
 
     def forward(a: int, b: int, v: Tensor | None) -> Tensor:
         part, times = part_of(x, repeats, a, b)
@@ -282,15 +282,15 @@ def _normalised(grad: Tensor, x: Tensor, mean: Any, scale: Any, coefficients: An
         if isinstance(unit, _UnitGradient):
             unit.part = None
         if isinstance(of_grad, _UnitGradient):  # made for this call
-            ops.normalise_backward_(of_part, part, mean, scale, coefficients)
+            normalisation.normalise_backward_(of_part, part, mean, scale, coefficients)
             return of_part
-        return ops.normalise_backward(of_part, part, mean, scale, coefficients)
+        return normalisation.normalise_backward(of_part, part, mean, scale, coefficients)
 
     return make
 
 
 def normalise_backward(grad: Tensor, x: Tensor, mean: Any, scale: Any, coefficients: Any) -> Tensor:
-    """``ops.normalise_backward``, Lazy."""
+    """``normalisation.normalise_backward``, Lazy."""
     make = _normalised(grad, x, mean, scale, coefficients)
     if x.shape[0] == 1:
         return make(0, 1)
@@ -299,12 +299,12 @@ def normalise_backward(grad: Tensor, x: Tensor, mean: Any, scale: Any, coefficie
 
 
 def normalise_backward_(grad: Tensor, x: Tensor, mean: Any, scale: Any, coefficients: Any) -> None:
-    """``ops.normalise_backward_``: over the chunks where they are there and nobody else's."""
+    """``normalisation.normalise_backward_``: over the chunks where they are there and nobody else's."""
     if not isinstance(grad, Lazy):
         for a, b in spans(x.shape[0], options_of(x).steps):
-            ops.normalise_backward_(grad[a:b], reader(x)(a, b), mean, scale, coefficients)
+            normalisation.normalise_backward_(grad[a:b], reader(x)(a, b), mean, scale, coefficients)
     elif isinstance(grad.make, Kept) and grad.make.is_made and grad.make.readers == 1:
         for a, b in spans(x.shape[0], grad.steps):
-            ops.normalise_backward_(grad.make(a, b), reader(x)(a, b), mean, scale, coefficients)
+            normalisation.normalise_backward_(grad.make(a, b), reader(x)(a, b), mean, scale, coefficients)
     else:
         grad.make = _normalised(grad, x, mean, scale, coefficients)

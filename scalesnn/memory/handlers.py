@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from scalesnn.kernels import ops
+from scalesnn.kernels import normalisation, ops, packing
 from scalesnn.kernels.spikes import mark_spikes
 from scalesnn.memory import gradients
 from scalesnn.memory.gradients import options_of, part_of
@@ -60,7 +60,7 @@ def _batch_statistics(x: Lazy) -> Tensor:
     count, mean, squares = 0, None, None
     for a, b in spans(x.shape[0], x.steps):
         part = x.make(a, b) if x.shape[0] > 1 else x.make(0, 1)
-        moments, n = ops.batch_statistics(part), b - a
+        moments, n = normalisation.batch_statistics(part), b - a
         if mean is None or squares is None:
             count, mean, squares = n, moments[0], moments[1] * n
             continue
@@ -112,7 +112,7 @@ def _unit(x: Tensor, mean: Any, scale: Any, bias: Any, residual: Any, *rest: Any
     rows, step_shape, stride, dtype = torch.cat(packed), tuple(like.shape[1:]), like.stride(), like.dtype
 
     def spikes(a: int, b: int) -> Tensor:
-        part = ops.unpack(rows[a:b], 0, (b - a, *step_shape), stride, dtype)
+        part = packing.unpack(rows[a:b], 0, (b - a, *step_shape), stride, dtype)
         return mark_spikes(part, 1, rows[a:b])
 
     out = Lazy(shape, strides_of_sequence(like), dtype, x.device, spikes, options)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from scalesnn import layer
-from scalesnn.kernels import ops, spikes
+from scalesnn.kernels import ops, packing, spikes
 
 __all__ = ["KeptSpikes", "ambient", "kept_as_recipes"]
 
@@ -48,12 +48,12 @@ class KeptSpikes:
         """Steps ``a`` to ``b``, dense."""
         if self.planes:  # sums of spikes are packed as one
             return self()[a:b]
-        part = ops.unpack(self.bits[a:b], 0, (b - a, *self.shape[1:]), self.stride, self.dtype)
+        part = packing.unpack(self.bits[a:b], 0, (b - a, *self.shape[1:]), self.stride, self.dtype)
         return spikes.mark_spikes(part, self.largest, self.bits[a:b])
 
     def __call__(self) -> Tensor:
         """The tensor, with its marks."""
-        out = ops.unpack(self.bits, self.planes, self.shape, self.stride, self.dtype)
+        out = packing.unpack(self.bits, self.planes, self.shape, self.stride, self.dtype)
         spikes.mark_spikes(out, self.largest, self.bits)
         out.scalesnn_planes = self.planes
         return out

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scalesnn import layer
-from scalesnn.kernels import ops, spike_conv, spike_layers, spikes
+from scalesnn.kernels import packing, spike_conv, spike_layers, spikes
 from scalesnn.memory.gradients import kept_gradient, lazy_gradient
 from scalesnn.memory.lazy import Chunk, Kept, Lazy, Options, reader, spans, strides_of_sequence
 from scalesnn.memory.rematerialise import KeptSpikes, ambient
@@ -292,13 +292,13 @@ class _Pool(torch.autograd.Function):
         packed, like = [], None
         for t in range(x.shape[0]):
             like, _ = torch.ops.aten.max_pool2d_with_indices(x.make(t, t + 1).flatten(0, 1), *ctx.geometry)
-            packed.append(ops.pack(like, 1))
+            packed.append(packing.pack(like, 1))
         assert like is not None
         like = like.unflatten(0, (1, -1))
         rows, step_shape, stride, dtype = torch.cat(packed), tuple(like.shape[1:]), like.stride(), like.dtype
 
         def make(a: int, b: int) -> Tensor:
-            part = ops.unpack(rows[a:b], 0, (b - a, *step_shape), stride, dtype)
+            part = packing.unpack(rows[a:b], 0, (b - a, *step_shape), stride, dtype)
             return spikes.mark_spikes(part, 1, rows[a:b])
 
         shape = (x.shape[0], *step_shape)

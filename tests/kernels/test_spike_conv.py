@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scalesnn import layer
-from scalesnn.kernels import cpu, ops, spike_conv, spike_layers, spikes
+from scalesnn.kernels import cpu, packing, spike_conv, spike_layers, spikes
 
 LAST = torch.channels_last
 
@@ -25,7 +25,7 @@ def _needs_a_compiler() -> None:
 def images(*shape: int, dtype: torch.dtype = torch.float64, rate: float = 0.3) -> tuple[Tensor, Tensor]:
     """Spikes [N, C, H, W] in channels_last, and their bits."""
     x = (torch.rand(shape) < rate).to(dtype).contiguous(memory_format=LAST)
-    return x, ops.pack(x, 1)
+    return x, packing.pack(x, 1)
 
 
 def both(x: Tensor, bits: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> list[list[Tensor]]:

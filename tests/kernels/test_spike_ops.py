@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scalesnn import layer, neuron, surrogate
-from scalesnn.kernels import ops, spikes
+from scalesnn.kernels import packing, spikes
 
 
 def saved_bytes(function: Any) -> tuple[Any, int]:
@@ -37,9 +37,9 @@ def saved_bytes(function: Any) -> tuple[Any, int]:
 )
 def test_packing_is_exact(shape: list[int], planes: int, dtype: torch.dtype) -> None:
     x = torch.randint(0, 2**planes, shape).to(dtype)
-    bits = ops.pack(x, planes)
+    bits = packing.pack(x, planes)
     assert bits.numel() == planes * -(-x.numel() // 32)
-    assert torch.equal(ops.unpack(bits, planes, x.shape, x.stride(), dtype), x)
+    assert torch.equal(packing.unpack(bits, planes, x.shape, x.stride(), dtype), x)
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 255, 256, 257, 1000])
@@ -47,11 +47,11 @@ def test_the_gpu_drivers_pack_the_same_bits(
     size: int, gpu_on_cpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randint(0, 8, (size,)).float()
-    bits = ops.pack(x, 3)
-    assert torch.equal(ops.unpack(bits, 3, x.shape, x.stride(), x.dtype), x)
+    bits = packing.pack(x, 3)
+    assert torch.equal(packing.unpack(bits, 3, x.shape, x.stride(), x.dtype), x)
     assert {"pack", "unpack"} <= set(gpu_on_cpu.calls)
     monkeypatch.undo()
-    assert torch.equal(ops.pack(x, 3), bits)
+    assert torch.equal(packing.pack(x, 3), bits)
 
 
 def spike_sequence(T: int = 3, last: bool = False, largest: int = 1) -> Tensor:
@@ -140,7 +140,7 @@ def test_bits_of_a_freed_tensor_are_not_taken_for_those_of_its_successor() -> No
 
 def test_opcheck() -> None:
     x = torch.randint(0, 2, (4, 3, 6, 6)).float()
-    bits = ops.pack(x, 1)
+    bits = packing.pack(x, 1)
     torch.library.opcheck(torch.ops.scalesnn.pack.default, (x, 1))
     unpack = (bits, 1, list(x.shape), list(x.stride()), torch.float32)
     torch.library.opcheck(torch.ops.scalesnn.unpack.default, unpack)

@@ -11,7 +11,7 @@ from oracle import ATAN, NEURONS, Neuron, run
 from torch import Tensor
 
 from scalesnn import neuron, surrogate
-from scalesnn.kernels import cuda, ops
+from scalesnn.kernels import cuda, normalisation, ops, packing
 from scalesnn.kernels.source import IDENTITY
 
 N = None
@@ -117,7 +117,7 @@ def batch_norm_unit(
 ) -> tuple:
     """The unit as BatchNorm2d calls it in training mode."""
     with torch.no_grad():
-        mean, variance = ops.batch_statistics(x)
+        mean, variance = normalisation.batch_statistics(x)
         inverse = 1 / (variance + 1e-5)
         count = torch.tensor(float(x.numel() // x.shape[2]), dtype=torch.float64)
     scale = weight * inverse.sqrt().to(weight.dtype)
@@ -168,7 +168,7 @@ def test_a_repeated_step_is_the_same_as_its_copies(engine: str, channels_last: b
     for repeats in (1, T):
         x = once.clone(memory_format=torch.preserve_format).requires_grad_()
         x_seq = x.unsqueeze(0) if repeats > 1 else x.unsqueeze(0).repeat(T, 1, 1, 1, 1)
-        mean, variance = ops.batch_statistics(x_seq.detach())
+        mean, variance = normalisation.batch_statistics(x_seq.detach())
         inverse, count = 1 / (variance + 1e-5), torch.tensor(T * 30.0, dtype=torch.float64)
         args = (mean, inverse.sqrt(), torch.zeros_like(mean), N, N, N, N, N, N, inverse, count)
         s, v, _bits = ops.unit(x_seq, *args, *setting.options(repeats))
@@ -205,13 +205,13 @@ def test_any_shape_equals_the_oracle(
         assert torch.equal(s.to(wide.dtype), expected_s)
         close(v, expected_v[-1], 1e-5)
     assert s.shape == x.shape
-    assert torch.equal(ops.unpack(bits, 0, s.shape, s.stride(), s.dtype), s)
+    assert torch.equal(packing.unpack(bits, 0, s.shape, s.stride(), s.dtype), s)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_statistics_survive_a_large_mean(engine: str, mean: float) -> None:
     x = (torch.randn(7, 3, 33, 4, 5, dtype=torch.float64) + mean).float()
-    got = ops.batch_statistics(x)
+    got = normalisation.batch_statistics(x)
     wide = x.double()
     torch.testing.assert_close(got[0], wide.mean((0, 1, 3, 4)), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got[1], wide.var((0, 1, 3, 4), unbiased=False), rtol=2e-6, atol=0)
@@ -278,7 +278,7 @@ def test_bits_are_the_spikes_and_nothing_after_them(engine: str, shape: tuple[in
     rows = torch.nn.functional.pad(s.flatten(1), (0, -s[0].numel() % 32)).unflatten(1, (-1, 32))
     expected = (rows.long() << torch.arange(32)).sum(-1)
     assert torch.equal(bits.long() & 0xFFFFFFFF, expected)
-    assert torch.equal(ops.unpack(bits, 0, list(s.shape), list(s.stride()), s.dtype), s)
+    assert torch.equal(packing.unpack(bits, 0, list(s.shape), list(s.stride()), s.dtype), s)
 
 
 @pytest.mark.parametrize("size", [1, 32, 77])
@@ -286,11 +286,11 @@ def test_bits_are_the_spikes_and_nothing_after_them(engine: str, shape: tuple[in
 def test_whole_numbers_are_packed_by_planes(engine: str, size: int, planes: int) -> None:
     generator = torch.Generator().manual_seed(size)
     x = torch.randint(0, 2**planes, (size,), generator=generator).float()
-    bits = ops.pack(x, planes)
+    bits = packing.pack(x, planes)
     for plane in range(planes):
         ones = torch.nn.functional.pad(x.long() >> plane & 1, (0, -size % 32)).unflatten(0, (-1, 32))
         assert torch.equal(bits[plane].long() & 0xFFFFFFFF, (ones << torch.arange(32)).sum(-1))
-    assert torch.equal(ops.unpack(bits, planes, [size], [1], torch.float32), x)
+    assert torch.equal(packing.unpack(bits, planes, [size], [1], torch.float32), x)
 
 
 @pytest.mark.parametrize("v_reset", [0.0, -0.25, None])
@@ -316,7 +316,7 @@ def test_normalisation_without_a_neuron_has_torch_gradients(engine: str, T: int)
     residual = torch.randn(T, 2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
     weight = (torch.rand(5, dtype=torch.float64) + 0.5).requires_grad_()
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    mean, variance = ops.batch_statistics(x.detach())
+    mean, variance = normalisation.batch_statistics(x.detach())
     inverse, count = 1 / (variance + 1e-5), torch.tensor(T * 18.0, dtype=torch.float64)
     options = (1, 0, 0.0, 1.0, 0.0, N, False, False, False, IDENTITY, [], "")
     norm = (mean, weight * inverse.sqrt(), bias)
@@ -349,8 +349,8 @@ def test_few_blocks_do_the_work_of_many(gpu_on_cpu: GpuOnCpu, monkeypatch: pytes
         s, v, bits = batch_norm_unit(x, weight, bias, N, NEURONS[2])
         weights = torch.randn(s.shape, generator=generator)
         grads = torch.autograd.grad((s * weights).sum() + v.sum(), [x, weight, bias])
-        packed = ops.pack(s.detach(), 1)
-        dense = ops.unpack(packed, 1, list(s.shape), list(s.stride()), s.dtype)
+        packed = packing.pack(s.detach(), 1)
+        dense = packing.unpack(packed, 1, list(s.shape), list(s.stride()), s.dtype)
         assert torch.equal(dense, s)
         return [s, v, bits, packed, *grads]
 
