@@ -48,7 +48,7 @@ STAGES = {  # of each source: tests and their names; the first stage notices mos
     ],
     "spike_conv.cpp": [([CONV], "")],
 }
-SECONDS = 400.0  # a mutant that takes longer hangs, which is noticed
+SECONDS = 180.0  # a mutant that takes longer hangs, which is noticed
 NOTICED, SURVIVED, INVALID = "noticed", "survived", "does not compile"
 EXIT = {NOTICED: 1, SURVIVED: 0, INVALID: 77}
 CHANGES = [

@@ -8,6 +8,7 @@ one sequence at a time, in the place of the one before (``lazy.Kept``).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,101 +173,144 @@ class _UnitGradient:
         return out
 
 
-def unit_backward(grad_spikes: Tensor | None, grad_v: Any, x: Tensor, *rest: Any) -> Any:
-    """``ops.unit_backward``: the sums over channels now, of grad_y what later sweeps have it made of."""
-    mean, scale, bias, residual, bits, v, decay, repeats, charge, v_init, tau, *neuron = rest
-    v_threshold, v_reset, detach_reset, every, with_grad_v_start, surrogate, parameters = neuron
-    options = options_of(x, residual, grad_spikes)
-    total = x.shape[0] * repeats
-    steps = options.steps
-    if repeats > 1 and isinstance(grad_spikes, Lazy) and grad_spikes.depth == 0:
-        steps = max(steps // 4, 1)  # x, one image, is at hand: small chunks cost nothing, and these are large
-    chunks = list(spans(total, steps))
-    for sequence in _sequences(grad_spikes):  # what it is made of goes before potentials come
-        sequence.make_from()
-    of_spikes = None if grad_spikes is None else reader(grad_spikes)  # not the tensor: its lease would last
+class _Unit:
+    """``ops.unit_backward`` a chunk of time at a time: its arguments, of which some are Lazy."""
 
-    def residual_part(part: Tensor, a: int, b: int) -> Tensor | None:
-        if residual is not None or bits is None:
-            return chunk_of(residual, a, b)
-        return packing.unpack(bits[a:b], 0, tuple(part.shape), part.stride(), part.dtype)
+    def __init__(self, grad_spikes: Tensor | None, grad_v: Any, x: Tensor, rest: tuple[Any, ...]) -> None:
+        self.x, self.grad_v = x, grad_v
+        self.mean, self.scale, self.bias, self.residual, self.bits, self.v, self.decay, *settings = rest
+        (
+            self.repeats,
+            self.charge,
+            *reset,
+            self.every,
+            self.with_grad_v_start,
+            self.surrogate,
+            self.parameters,
+        ) = settings
+        self.neuron = (self.charge, *reset)
+        self.options = options_of(x, self.residual, grad_spikes)
+        self.total = x.shape[0] * self.repeats
+        steps = self.options.steps
+        if self.repeats > 1 and isinstance(grad_spikes, Lazy) and grad_spikes.depth == 0:
+            steps = max(steps // 4, 1)  # x, one image, is at hand: small chunks cost nothing, and are large
+        self.chunks = list(spans(self.total, steps))
+        for sequence in _sequences(grad_spikes):  # what it is made of goes before potentials come
+            sequence.make_from()
+        # not the tensor: its lease would last
+        self.of_spikes = None if grad_spikes is None else reader(grad_spikes)
 
-    def forward(a: int, b: int, v: Tensor | None) -> Tensor:
-        part, times = part_of(x, repeats, a, b)
+    @property
+    def has_residual(self) -> bool:
+        """Whether something was added to the normalised input."""
+        return self.residual is not None or self.bits is not None
+
+    def borders(self) -> Callable[[int], Tensor | None]:
+        """The potentials before every chunk. Not an attribute: a cycle of references would end late."""
+        if not self.charge:
+            return lambda index: None
+        if isinstance(self.x, Lazy) and self.x.borders:
+            return self.x.borders[0].__getitem__
+        # where all steps are one image, potentials are larger than what makes them
+        return _Borders(self.forward, self.v, self.chunks, sparse=self.repeats > 1)
+
+    def forward(self, a: int, b: int, v: Tensor | None) -> Tensor:
+        """The potentials after steps ``a`` to ``b``, from those before."""
+        part, times = part_of(self.x, self.repeats, a, b)
+        residual = chunk_of(self.residual, a, b)
+        if residual is None and self.bits is not None:
+            residual = packing.unpack(self.bits[a:b], 0, tuple(part.shape), part.stride(), part.dtype)
         return ops.unit(
-            part, mean, scale, bias, residual_part(part, a, b), None, None, None, v, decay, None, None, times,
-            charge, v_init, tau, v_threshold, v_reset, detach_reset, False, False, surrogate, parameters, "",
+            part, self.mean, self.scale, self.bias, residual, None, None, None, v, self.decay, None, None,
+            times, *self.neuron, False, False, self.surrogate, self.parameters, "",
         )[1]  # fmt: skip
 
-    borders: Callable[[int], Tensor | None] | None = None
-    if charge and isinstance(x, Lazy) and x.borders:
-        borders = x.borders[0].__getitem__
-    elif charge:  # where all steps are one image, potentials are larger than what makes them
-        borders = _Borders(forward, v, chunks, sparse=repeats > 1)
-
-    def run(index: int, carried: Tensor | None, part: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        a, b = chunks[index]
-        part, times = part_of(x, repeats, a, b) if part is None else (part, 1)
-        of_v = grad_v if not every and b == total else carried
-        if every and grad_v is not None:
-            of_v = grad_v[a:b].clone()
-            if carried is not None:
-                of_v[-1] += carried
-        elif every and carried is not None:
-            of_v = torch.zeros((b - a, *carried.shape), dtype=carried.dtype, device=carried.device)
-            of_v[-1] = carried
+    def backward(
+        self, borders: Callable[[int], Tensor | None], index: int, carried: Tensor | None, part: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``_UnitGradient`` runs, with the potentials before every chunk."""
+        a, b = self.chunks[index]
+        part, times = part_of(self.x, self.repeats, a, b) if part is None else (part, 1)
         return ops.unit_backward(
-            None if of_spikes is None else of_spikes(a, b), of_v, part, mean, scale, bias,
-            chunk_of(residual, a, b), None if bits is None else bits[a:b],
-            None if borders is None else borders(index), decay, times, charge, v_init, tau, v_threshold,
-            v_reset, detach_reset, every,
-            bool(charge) and (index > 0 or with_grad_v_start), surrogate, parameters,
+            None if self.of_spikes is None else self.of_spikes(a, b), self._of_v(a, b, carried), part,
+            self.mean, self.scale, self.bias, chunk_of(self.residual, a, b),
+            None if self.bits is None else self.bits[a:b],
+            borders(index), self.decay, times, *self.neuron, self.every,
+            bool(self.charge) and (index > 0 or self.with_grad_v_start), self.surrogate, self.parameters,
         )  # fmt: skip
 
-    gradient = _UnitGradient(run, x, chunks, options.detach or not charge)
-    has_residual = residual is not None or bits is not None
-    later = isinstance(x, Lazy) and repeats == 1 and isinstance(grad_spikes, Lazy) and not options.at_once
-    lean = not options.keep_borders and len(chunks) > FEW
-    if later and not has_residual:  # one Lazy unit after another would make it many times over
-        later = lean and isinstance(grad_spikes, Lazy) and grad_spikes.depth == 0
-    later = later or not charge
-    kept = Kept(total, options.steps)
-    dense: Tensor | None = None
+    def _of_v(self, a: int, b: int, carried: Tensor | None) -> Tensor | None:
+        """The gradient of a chunk's potentials: of the last ones, or of those of every step."""
+        if not self.every:
+            return self.grad_v if b == self.total else carried
+        if self.grad_v is None and carried is None:
+            return None
+        if self.grad_v is None:
+            assert carried is not None
+            of_v = torch.zeros((b - a, *carried.shape), dtype=carried.dtype, device=carried.device)
+        else:
+            of_v = self.grad_v[a:b].clone()
+        if carried is not None:
+            of_v[-1] += carried
+        return of_v
+
+
+def unit_backward(grad_spikes: Tensor | None, grad_v: Any, x: Tensor, *rest: Any) -> Any:
+    """``ops.unit_backward``: the sums over channels now, of grad_y what later sweeps have it made of."""
+    unit = _Unit(grad_spikes, grad_v, x, rest)
+    run = partial(unit.backward, unit.borders())
+    gradient = _UnitGradient(run, x, unit.chunks, unit.options.detach or not unit.charge)
+    later = _is_made_later(unit, grad_spikes)
+    kept, dense = Kept(unit.total, unit.options.steps), None
     sums: Tensor | None = None
     start: Tensor | None = None
-    for index in reversed(range(len(chunks))):
+    for index in reversed(range(len(unit.chunks))):
+        a, b = unit.chunks[index]
         of_y, of_sums, start = gradient.chunk(index)
         sums = of_sums if sums is None else sums + of_sums
-        if repeats > 1:
+        if unit.repeats > 1:
             dense = of_y if dense is None else dense.add_(of_y)
-        elif later:
-            pass
-        elif isinstance(x, Lazy):
-            kept.put(chunks[index][0], of_y)
-        else:
+        elif isinstance(x, Lazy) and not later:
+            kept.put(a, of_y)
+        elif not later:
             if dense is None:
-                shape, stride = (total, *of_y.shape[1:]), strides_of_sequence(of_y)
+                shape, stride = (unit.total, *of_y.shape[1:]), strides_of_sequence(of_y)
                 dense = torch.empty_strided(shape, stride, dtype=of_y.dtype, device=of_y.device)
-            dense[chunks[index][0] : chunks[index][1]] = of_y
+            dense[a:b] = of_y
         del of_y
-    done(x, residual)
-    if not with_grad_v_start or start is None:
+    done(x, unit.residual)
+    if not unit.with_grad_v_start or start is None:
         start = torch.empty(0, dtype=x.dtype, device=x.device)
-    out = dense
-    if out is not None:
-        pass
-    elif not later:
-        out = kept_gradient(x, kept, options)
-    elif not charge:
+    if dense is not None:
+        return dense, sums, start
+    if not later:
+        return kept_gradient(x, kept, unit.options), sums, start
+    return _later_gradient(unit, gradient, grad_spikes), sums, start
+
+
+def _is_made_later(unit: _Unit, grad_spikes: Tensor | None) -> bool:
+    """Whether the gradient of a unit's normalised input is made again where it is read, rather than kept."""
+    if not unit.charge:
+        return True
+    if not isinstance(unit.x, Lazy) or unit.repeats > 1 or not isinstance(grad_spikes, Lazy):
+        return False
+    if unit.options.at_once:
+        return False
+    # one Lazy unit after another would make it many times over
+    lean = not unit.options.keep_borders and len(unit.chunks) > FEW
+    return unit.has_residual or (lean and grad_spikes.depth == 0)
+
+
+def _later_gradient(unit: _Unit, gradient: _UnitGradient, grad_spikes: Tensor | None) -> Lazy:
+    """The gradient of a unit's normalised input, to be made where it is read."""
+    if not unit.charge:
         assert grad_spikes is not None
-        assert of_spikes is not None
-        out = lazy_gradient(grad_spikes, of_spikes, options, grad_spikes)
-    elif has_residual:
-        kept = Kept(total, options.steps, gradient, Lease(_sequences(grad_spikes)))
-        out = kept_gradient(x, kept, options)
-    else:
-        out = lazy_gradient(x, gradient, options, grad_spikes, deeper=1)
-    return out, sums, start
+        assert unit.of_spikes is not None
+        return lazy_gradient(grad_spikes, unit.of_spikes, unit.options, grad_spikes)
+    if unit.has_residual:
+        lease = Lease(_sequences(grad_spikes))
+        return kept_gradient(unit.x, Kept(unit.total, unit.options.steps, gradient, lease), unit.options)
+    return lazy_gradient(unit.x, gradient, unit.options, grad_spikes, deeper=1)
 
 
 # ------------------------------------------------------------------------------------------------- normalise

@@ -310,8 +310,9 @@ def test_a_charge_that_equals_the_threshold_fires_and_resets(engine: str, v_rese
     torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("T", [3, 40])
-def test_normalisation_without_a_neuron_has_torch_gradients(engine: str, T: int) -> None:
+def test_normalisation_without_a_neuron_has_torch_gradients(engine: str, T: int, training: bool) -> None:
     x = torch.randn(T, 2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(T, 2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
     weight = (torch.rand(5, dtype=torch.float64) + 0.5).requires_grad_()
@@ -320,8 +321,10 @@ def test_normalisation_without_a_neuron_has_torch_gradients(engine: str, T: int)
     inverse, count = 1 / (variance + 1e-5), torch.tensor(T * 18.0, dtype=torch.float64)
     options = (1, 0, 0.0, 1.0, 0.0, N, False, False, False, IDENTITY, [], "")
     norm = (mean, weight * inverse.sqrt(), bias)
-    y, *_ = ops.unit(x, *norm, residual, N, N, N, N, N, inverse, count, *options)
-    expected = torch.nn.functional.batch_norm(x.flatten(0, 1), N, N, weight, bias, training=True).view_as(x)
+    of_batch = (inverse, count) if training else (N, N)
+    y, *_ = ops.unit(x, *norm, residual, N, N, N, N, N, *of_batch, *options)
+    known = (N, N) if training else (mean, variance)
+    expected = torch.nn.functional.batch_norm(x.flatten(0, 1), *known, weight, bias, training).view_as(x)
     expected = expected + residual
     close(y, expected, 1e-12)
     weights, inputs = torch.randn_like(y), [x, weight, bias, residual]
