@@ -37,16 +37,18 @@ sys.path[:0] = [str(ROOT), str(KERNEL_TESTS)]
 KERNELS = ROOT / "scalesnn" / "kernels"
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 EXPLAINED = Path(__file__).with_name("mutants_explained.yaml")
-UNIT, SPIKES, MODELS, CONV = (
-    KERNEL_TESTS / f"test_{name}.py" for name in ("unit_op", "spike_ops", "fused_models", "spike_conv")
+UNIT, SPIKES, MODELS, CONV, MEMORY = (
+    KERNEL_TESTS / f"test_{name}.py"
+    for name in ("unit_op", "spike_ops", "fused_models", "spike_conv", "memory_checker")
 )
 STAGES = {  # of each source: tests and their names; the first stage notices most, and is fast
     "neuron.cu": [
         ([UNIT], "(batch_norm_unit_and_gradients and shape0) or (equal_the_oracle and 70)"),
         ([SPIKES, UNIT], "not opcheck and not (equal_the_oracle and 70)"),
         ([SPIKES, MODELS], "opcheck or test_fused"),
+        ([MEMORY], "stay_within"),
     ],
-    "spike_conv.cpp": [([CONV], "")],
+    "spike_conv.cpp": [([CONV], ""), ([MEMORY], "stay_within")],
 }
 SECONDS = 180.0  # a mutant that takes longer hangs, which is noticed
 NOTICED, SURVIVED, INVALID = "noticed", "survived", "does not compile"
