@@ -51,7 +51,7 @@ kill-tests: install ## kill a training 30 times at random moments, at least 10 o
 	SCALESNN_KILLS=30 $(BIN)/python -m pytest tests/parallel/test_kill.py
 
 benchmarks: install ## every claim of the docs, measured anew into benchmarks/results (about 30 minutes)
-	for claim in saved_bytes step_time peak_memory memory_peak data_throughput strategies tracking_overhead spike_counts whole_run; do \
+	for claim in saved_bytes step_time peak_memory memory_peak memory_saved_bytes memory_plan data_throughput strategies tracking_overhead spike_counts whole_run; do \
 	  $(BIN)/python benchmarks/$$claim.py || exit 1; \
 	done
 
