@@ -38,19 +38,21 @@ template <> struct Vector<double> { typedef double type __attribute__((vector_si
 
 template <class real> struct alignas(64) Table { real sums[GROUPS][SUMS][WIDTH]; };
 
-// The sums of every group of four of 32 rows. Zero times a row is added too, so that NaN and inf spread as in products.
+// The sums of every group of four of 32 rows: each is the one without its lowest bit, and that bit's row. Zero times
+// every row is in all of them, so that NaN and inf spread as in products.
 template <class real>
 static void fill(Table<real>& table, const real (*rows)[WIDTH]) {
     for (int group = 0; group < GROUPS; group++) {
         const real(*row)[WIDTH] = rows + group * GROUP;
         real(*sums)[WIDTH] = table.sums[group];
         for (int l = 0; l < WIDTH; l++) {
-            const real a = row[0][l], b = row[1][l], c = row[2][l], d = row[3][l];
-            const real none = a * 0 + b * 0 + c * 0 + d * 0, ab = a + b, cd = c + d + none;
-            sums[0][l] = none, sums[1][l] = a + none, sums[2][l] = b + none, sums[3][l] = ab + none;
-            sums[4][l] = c + none, sums[5][l] = a + c + none, sums[6][l] = b + c + none, sums[7][l] = ab + c + none;
-            sums[8][l] = d + none, sums[9][l] = a + d + none, sums[10][l] = b + d + none, sums[11][l] = ab + d + none;
-            sums[12][l] = cd, sums[13][l] = a + cd, sums[14][l] = b + cd, sums[15][l] = ab + cd;
+            real sum[SUMS] = {};
+            _Pragma("GCC unroll 4")
+            for (int bit = 0; bit < GROUP; bit++) sum[0] += row[bit][l] * 0;
+            _Pragma("GCC unroll 16")
+            for (int s = 1; s < SUMS; s++) sum[s] = sum[s & (s - 1)] + row[__builtin_ctz(s)][l];
+            _Pragma("GCC unroll 16")
+            for (int s = 0; s < SUMS; s++) sums[s][l] = sum[s];
         }
     }
 }
