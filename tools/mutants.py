@@ -1,4 +1,4 @@
-"""Mutation test of the kernels' sources: ``make mutants``. Not in CI: some 30 minutes of two cores.
+"""Mutation test of the kernels' sources: ``make mutants``. Not in CI: some two hours of two cores.
 
 Each arithmetic operator, comparison, assignment operator and small index of neuron.cu and spike_conv.cpp is
 changed in turn, and the kernel tests are run on the changed source (neuron.cu on the CPU's build and on the
