@@ -50,7 +50,7 @@ cluster-tests: install ## every test on a real Slurm, with the long ones that `m
 kill-tests: install ## kill a training 30 times at random moments, at least 10 of them amid writing (long)
 	SCALESNN_KILLS=30 $(BIN)/python -m pytest tests/parallel/test_kill.py
 
-benchmarks: install ## every claim of the docs, measured anew into benchmarks/results (about 30 minutes)
+benchmarks: install ## every claim of the docs, measured anew into benchmarks/results (about an hour)
 	for claim in saved_bytes step_time peak_memory memory_peak memory_saved_bytes memory_plan data_throughput strategies tracking_overhead spike_counts whole_run; do \
 	  $(BIN)/python benchmarks/$$claim.py || exit 1; \
 	done

@@ -36,8 +36,6 @@ STRATEGIES = ("single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp")
 OPTIMIZER_STATE = {"sgd": 1, "sgd_nesterov": 1, "rmsprop": 2, "adamw": 2}  # tensors like the parameters
 PREFETCH = 3  # batches that the input pipeline keeps on the device
 TRIES = 6  # traces of a search, for a mix of layers or the largest T
-
-
 DEEP = 100  # convolutions
 ENOUGH = 0.98  # of the budget in use ends the search for the largest T
 
