@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MemoryModule", "MultiStepModule", "StepModule", "UserError"]
+__all__ = ["MemoryModule", "MultiStepModule", "Piece", "StepModule", "UserError"]
 
 
 class UserError(ValueError):
@@ -44,6 +44,17 @@ class MultiStepModule(StepModule):
 
     _step_mode = "m"
     supported_step_modes = ("m",)
+
+
+class Piece(NamedTuple):
+    """A part of a net's forward: what it runs, and the modules that it runs, each of them once.
+
+    A net with a method ``pieces()`` says that its forward is these, one after the other. Memory policies run
+    the first of them again by themselves.
+    """
+
+    modules: tuple[nn.Module, ...]
+    run: Callable[[Tensor], Tensor]
 
 
 class MemoryModule(nn.Module, StepModule):

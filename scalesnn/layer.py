@@ -239,7 +239,7 @@ class BatchNorm2d(_NormUnit, nn.BatchNorm2d):
         ):
             return False
         if neuron is not None:
-            if not isinstance(neuron, BaseNode) or not neuron.fuses(x) or _is_watched(neuron):
+            if not isinstance(neuron, BaseNode) or not neuron.fuses(x) or is_watched(neuron):
                 return False
         elif not usable(x, "auto") or (residual is None and _is_repeated(x)):
             return False
@@ -339,7 +339,7 @@ def _over_group(moments: Tensor, count: Tensor, group: str) -> tuple[Tensor, Ten
     return mean, normalisation.all_reduce(squares, group) / total, total
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether somebody's hook looks at the module's input, which a fused unit does not make. The hooks of
     ZeRO-3 and
     FSDP2, which gather parameters, do not count."""

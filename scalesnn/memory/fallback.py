@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -127,7 +128,8 @@ def ladder(policy: Policy, T: int | None) -> list[Policy]:
         steps //= 4
     found = [Policy.parse(name) for name in names]
     if policy.steps:
-        return [p for p in found if 0 < p.steps < policy.steps]
+        smaller = [p for p in found if 0 < p.steps < policy.steps]
+        return [replace(policy, whole=False), *smaller] if policy.whole else smaller
     if (policy.layer and policy.only is None) or policy.block:
         return found[2:]
     return found[1:]

@@ -29,7 +29,9 @@ from scalesnn.memory.lazy import (
 )
 
 __all__ = [
+    "FEW",
     "SUMS",
+    "Borders",
     "add",
     "kept_gradient",
     "lazy_gradient",
@@ -89,7 +91,7 @@ def add(a: Any, b: Any) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------------ unit
-class _Borders:
+class Borders:
     """The potentials before every chunk, to be asked for last chunk first.
 
     Args:
@@ -100,8 +102,8 @@ class _Borders:
 
     def __init__(
         self,
-        forward: Callable[[int, int, Tensor | None], Tensor],
-        v: Tensor | None,
+        forward: Callable[[int, int, Any], Any],
+        v: Any,
         chunks: list[tuple[int, int]],
         sparse: bool,
     ) -> None:
@@ -110,7 +112,7 @@ class _Borders:
         for index in range(0 if sparse else len(chunks) - 1):
             self._kept[index + 1] = v = forward(*chunks[index], v)
 
-    def __call__(self, index: int) -> Tensor | None:
+    def __call__(self, index: int) -> Any:
         """Before chunk ``index``."""
         if self._sparse:
             self._kept = {i: v for i, v in self._kept.items() if i <= index}
@@ -212,7 +214,7 @@ class _Unit:
         if isinstance(self.x, Lazy) and self.x.borders:
             return self.x.borders[0].__getitem__
         # where all steps are one image, potentials are larger than what makes them
-        return _Borders(self.forward, self.v, self.chunks, sparse=self.repeats > 1)
+        return Borders(self.forward, self.v, self.chunks, sparse=self.repeats > 1)
 
     def forward(self, a: int, b: int, v: Tensor | None) -> Tensor:
         """The potentials after steps ``a`` to ``b``, from those before."""

@@ -35,6 +35,7 @@ class Options(NamedTuple):
     Attributes:
         steps: K. detach: no gradient goes back over chunk borders.
         keep_borders: potentials at chunk borders are kept, not made again in backward.
+        whole: gradients of the net's front stand whole, too (see ``front``).
         at_once: gradients are made whole where they come up, because weights are not there later (FSDP2,
             ZeRO-3).
     """
@@ -42,6 +43,7 @@ class Options(NamedTuple):
     steps: int
     detach: bool = False
     keep_borders: bool = False
+    whole: bool = False
     at_once: bool = False
 
 

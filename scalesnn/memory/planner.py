@@ -226,7 +226,7 @@ class Planner:
             if T > 1:
                 names += [f"time:{max(T // 4, 1)}", f"layer+time:{max(T // 4, 1)}"]
             if T >= 8 and not self.is_deep:  # time:K with a smaller K keeps more potentials, and is slower
-                names.append(f"layer+time:{T // 8}")
+                names += [f"layer+time:{T // 8},whole", f"layer+time:{T // 8}"]
         found = [Policy.parse(name) for name in names]
         return [p for p in found if not p.block or residual_blocks(self.model)]
 

@@ -5,7 +5,9 @@
     block        the bits at the borders of residual blocks; backward runs the block again
     time:K       time in chunks of K steps: of each unit the bits, and the potentials at chunk borders;
                  forward and backward hold K steps of a unit at a time
-    layer+time:K as time:K, without the potentials: they come again in backward
+    layer+time:K as time:K, without the potentials: they come again in backward. With more than four chunks
+                 the net's front runs again in sweeps, so that its gradients never stand whole
+    ,whole       after layer+time:K: they do stand whole. Faster, and larger
     ,detach      after time:K: truncated backpropagation through time, no gradient through chunk borders
     ,bn=chunk    after time:K: BatchNorm statistics of each chunk. Faster, and another network
 
@@ -24,11 +26,12 @@ import torch
 from torch import nn
 
 from scalesnn.base import UserError
-from scalesnn.memory import blocks, rematerialise, streaming
+from scalesnn.memory import blocks, front, rematerialise, streaming
 
 __all__ = ["Policy", "apply_policy", "policy_of"]
 
-SYNTAX = "none, layer, block, time:K, layer+time:K (with ,detach or ,bn=chunk after a time) or auto"
+SYNTAX = "none, layer, block, time:K, layer+time:K (with ,detach ,bn=chunk or ,whole after a time) or auto"
+OPTIONS = {"detach": "detach", "bn=chunk": "chunk_norm", "whole": "whole"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Policy:
 
     Attributes:
         layer: run convolutions again in backward. block: run residual blocks again.
-        steps: K of time:K; 0 where time is not cut. detach, chunk_norm: its two options.
+        steps: K of time:K; 0 where time is not cut. detach, chunk_norm, whole: its options.
         only: of ``layer``, the names of the convolutions to run again; None: all of them.
     """
 
@@ -46,6 +49,7 @@ class Policy:
     steps: int = 0
     detach: bool = False
     chunk_norm: bool = False
+    whole: bool = False
     only: frozenset[str] | None = None
 
     @classmethod
@@ -69,13 +73,12 @@ class Policy:
             else:
                 raise UserError(f"unknown activation-checkpoint policy {text!r}: use {SYNTAX}")
         for option in options:
-            if option not in ("detach", "bn=chunk") or not policy.steps:
+            if option not in OPTIONS or not policy.steps:
                 raise UserError(f"unknown activation-checkpoint policy {text!r}: use {SYNTAX}")
-            policy = replace(
-                policy,
-                detach=policy.detach or option == "detach",
-                chunk_norm=policy.chunk_norm or option != "detach",
-            )
+            changes: dict[str, Any] = {OPTIONS[option]: True}
+            policy = replace(policy, **changes)
+        if policy.whole and (not policy.layer or policy.chunk_norm):
+            raise UserError(f"activation-checkpoint policy {text!r}: whole goes with layer+time:K only")
         if policy.block and (policy.layer or (policy.steps and not policy.chunk_norm)):
             raise UserError(
                 f"activation-checkpoint policy {text!r}: block goes with time:K,bn=chunk only; "
@@ -89,7 +92,7 @@ class Policy:
             words[0] += f" ({len(self.only)} convolutions)"
         words += [f"time:{self.steps}"] if self.steps else []
         text = "+".join(words) or "none"
-        return text + ",detach" * self.detach + ",bn=chunk" * self.chunk_norm
+        return text + "".join(f",{option}" for option, name in OPTIONS.items() if getattr(self, name))
 
     @property
     def exact(self) -> bool:
@@ -97,7 +100,7 @@ class Policy:
         return not (self.detach or self.chunk_norm)
 
 
-class _Governed:
+class Governed:
     """Mixin put before the class of a net that has a policy: its training forward runs under it."""
 
     _memory_policy: Policy
@@ -146,18 +149,21 @@ def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
     blocks.remove(model)
     streaming.remove(model)
-    if isinstance(model, _Governed):
+    front.remove(model)
+    if isinstance(model, Governed):
         model.__class__ = type(model).__mro__[2]
         del model._memory_policy
     if policy == Policy():
         return model
     own = type(model)
-    model.__class__ = type(own.__name__, (_Governed, own), {"__module__": own.__module__})
+    model.__class__ = type(own.__name__, (Governed, own), {"__module__": own.__module__})
     setattr(model, "_memory_policy", policy)  # noqa: B010 (mypy cannot know the new class)
     if policy.block:
         blocks.install(model)
     if policy.steps and not policy.chunk_norm:
         streaming.install(model)
+        if policy.layer:
+            front.install(model)
     elif policy.layer:
         streaming.install_pools(model)
     return model
@@ -166,7 +172,7 @@ def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
 def policy_of(model: nn.Module) -> Policy:
     """The policy of a net (or of the net inside DDP's or DeepSpeed's wrapper)."""
     for module in _inner(model):
-        if isinstance(module, _Governed):
+        if isinstance(module, Governed):
             return module._memory_policy
     return Policy()
 

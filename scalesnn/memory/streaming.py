@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scalesnn import layer
 from scalesnn.kernels import packing, spike_conv, spike_layers, spikes
+from scalesnn.memory.front import has_front, run_front
 from scalesnn.memory.gradients import kept_gradient, lazy_gradient
 from scalesnn.memory.lazy import Chunk, Kept, Lazy, Options, reader, spans, strides_of_sequence
 from scalesnn.memory.rematerialise import KeptSpikes, ambient
@@ -58,9 +59,15 @@ def remove(net: nn.Module) -> None:
 
 def stream(net: nn.Module, plain: Any, policy: Policy, x_seq: Tensor) -> Any:
     """The net's forward, in chunks inside of its layers."""
-    _active.append(Options(policy.steps, policy.detach, not policy.layer, _is_sharded(net)))
+    options = Options(policy.steps, policy.detach, not policy.layer, policy.whole, _is_sharded(net))
+    _active.append(options)
     try:
-        out = plain(x_seq)
+        if has_front(net, options, x_seq):
+            out, rest = run_front(net, options, x_seq)
+            for piece in rest:
+                out = piece.run(out)
+        else:
+            out = plain(x_seq)
     finally:
         _active.pop()
     return out.whole() if isinstance(out, Lazy) else out

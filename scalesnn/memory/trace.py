@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scalesnn import functional
 from scalesnn.base import MemoryModule
 from scalesnn.kernels import spike_conv
+from scalesnn.memory.counting import counted_by
 from scalesnn.memory.handlers import handle
 from scalesnn.memory.lazy import Lazy
 from scalesnn.memory.policy import Policy, apply_policy
@@ -97,6 +98,7 @@ class _Ledger(TorchDispatchMode):
         self.trace, self.rounding = trace, rounding
         self.lazy_pages = rounding == CPU.rounding
         self.activations = self.gradients = 0
+        self.times = 1  # that an operation counts
         self._known: dict[int, Any] = {}
         self._kinds: dict[int, str] = {}
         for tensor in own:
@@ -161,16 +163,16 @@ class _Ledger(TorchDispatchMode):
         if func.is_view or name == "aten::detach" or name in EMPTY:
             return out
         inputs = [a for a in args if isinstance(a, Tensor)]
-        self.trace.traffic += sum(_size(t) for t in (*results, *inputs))
+        self.trace.traffic += self.times * sum(_size(t) for t in (*results, *inputs))
         if name in CONVOLUTIONS:
             weight = args[3] if name == CONVOLUTIONS[2] else args[1]
             looks_up = name == CONVOLUTIONS[2] and spike_conv.suits(args[0], args[2], weight, args[8])
-            self.trace.flops += _flops(results[0], weight) * (LOOK_UP if looks_up else 1)
+            self.trace.flops += self.times * _flops(results[0], weight) * (LOOK_UP if looks_up else 1)
         elif name == "scalesnn::spike_conv2d_weight":
-            self.trace.flops += _flops(args[0], args[3]) * LOOK_UP
+            self.trace.flops += self.times * _flops(args[0], args[3]) * LOOK_UP
         elif name == "aten::convolution_backward":
             wanted = sum(bool(w) for w in args[10][:2])
-            self.trace.flops += wanted * _flops(args[0], args[2])
+            self.trace.flops += self.times * wanted * _flops(args[0], args[2])
         return out
 
 
@@ -231,14 +233,16 @@ def trace(
             parameter.grad = None
             handles.append(parameter.register_post_accumulate_grad_hook(ledger.is_gradient))
         for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d):
+            if (
+                isinstance(module, nn.Conv2d) and not policy.steps
+            ):  # where time is cut a hook would be in the way
                 handles.append(module.register_forward_hook(_measure_convolution(found, name)))
         context: AbstractContextManager[Any] = nullcontext()
         if amp_dtype is not None:
             context = torch.autocast("cpu", amp_dtype)
         look_up = nullcontext() if rounding == CPU.rounding else spike_conv.products()
         try:
-            with ledger, look_up:
+            with ledger, look_up, counted_by(ledger):
                 with context:
                     loss = _loss(model, x, target)
                 found.saved = ledger.activations - potentials(model)

@@ -266,9 +266,13 @@ class ResNet(nn.Module):
 
     def forward(self, x_TNCHW: Tensor) -> Tensor:
         """Images to logits, [T, N, K]."""
-        spikes = self.maxpool(self.bn1(self.conv1(x_TNCHW), neuron=self.sn1))
-        spikes = self.layer4(self.layer3(self.layer2(self.layer1(spikes))))
-        return self.fc(self.avgpool(spikes).flatten(-3))
+        return self._head(self.layer4(self.layer3(self.layer2(self.layer1(self._stem(x_TNCHW))))))
+
+    def _stem(self, x_TNCHW: Tensor) -> Tensor:
+        return self.maxpool(self.bn1(self.conv1(x_TNCHW), neuron=self.sn1))
+
+    def _head(self, spikes_TNCHW: Tensor) -> Tensor:
+        return self.fc(self.avgpool(spikes_TNCHW).flatten(-3))
 
 
 @dataclass(frozen=True)

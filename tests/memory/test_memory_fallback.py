@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from scalesnn.base import UserError
-from scalesnn.memory import policy_of
-from scalesnn.memory.fallback import Fallback, is_out_of_memory
+from scalesnn.memory import Policy, policy_of
+from scalesnn.memory.fallback import Fallback, is_out_of_memory, ladder
 
 
 def test_the_step_runs_under_the_next_policy_with_the_same_result():
@@ -27,6 +27,11 @@ def test_the_step_runs_under_the_next_policy_with_the_same_result():
     assert tries == ["none", "layer", "layer+time:2"]
     assert len(notices) == 2
     nets.assert_same(found, expected, 1e-10)
+
+
+def test_whole_gradients_are_given_up_first():
+    names = [str(p) for p in ladder(Policy.parse("layer+time:8,whole"), 64)]
+    assert names == ["layer+time:8", "layer+time:2"]
 
 
 def test_another_rank_without_memory_counts():

@@ -12,7 +12,7 @@ from scalesnn.memory.lazy import Kept, Lazy, Lease, Options
 from scalesnn.memory.trace import trace
 
 LONG = 11  # with K = 2 six chunks, the last of one step
-POLICIES = ["layer+time:2", "time:2"]
+POLICIES = ["layer+time:2,whole", "time:2"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -32,7 +32,7 @@ def test_exact_where_potentials_of_every_step_are_kept(net, compare):
     for module in model.modules():
         if isinstance(module, neuron.BaseNode):
             module.store_v_seq = True
-    compare(model, "layer+time:2", nets.images(steps=LONG))
+    compare(model, "layer+time:2,whole", nets.images(steps=LONG))
 
 
 class Watched(nn.Module):
@@ -93,7 +93,7 @@ def test_hooks_that_change_gradients_do(change):
         found = {f"{i}": y.grad.clone() for i, y in enumerate(watched.seen)}
         return found | gradients_of(watched.net)
 
-    expected, found = both("layer+time:2", run)
+    expected, found = both("layer+time:2,whole", run)
     nets.assert_same(found, expected, 1e-10)
 
 
@@ -154,7 +154,7 @@ def test_the_gradient_is_there_once():
         with mode:
             model = nets.NETS["spiking_resnet18"]()
             nets.functional.set_step_mode(model, "m")
-        return trace(model, (steps, 1, 3, 64, 64), Policy.parse("layer+time:8"), mode=mode).peak()
+        return trace(model, (steps, 1, 3, 64, 64), Policy.parse("layer+time:8,whole"), mode=mode).peak()
 
     one = 64 * 16 * 16 * 4  # bytes of a step of the first stage, the widest
     assert (peak(96) - peak(48)) / 48 < 1.8 * one  # a gradient, the bits of all spikes, potentials
