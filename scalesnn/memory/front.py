@@ -82,7 +82,7 @@ def _fits(module: nn.Module, x_seq: Tensor) -> bool:
         goes_back = isinstance(module.v, Tensor) and module.v.requires_grad
         return not goes_back and not module.store_v_seq and module.fuses(x_seq)
     if isinstance(module, layer.BatchNorm2d):
-        return module.training and not module.group and module.backend != "torch"
+        return module.training and module.backend != "torch"
     return isinstance(module, OTHERS) or any(True for _ in module.children())
 
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalesnn.base import UserError
 from scalesnn.memory.blocks import residual_blocks
+from scalesnn.memory.gradients import FEW
 from scalesnn.memory.policy import Policy
 from scalesnn.memory.trace import CPU, GPU, Device, Trace, fake_copy, trace
 
@@ -193,6 +194,8 @@ class Planner:
 
         far = self.shape[0] if self.shape[0] > policy.steps else 2 * policy.steps
         near = policy.steps if policy.steps and self.is_deep else max(far // 2, policy.steps, 1)
+        if far > FEW * policy.steps > 0:  # many chunks: memory grows in another way than with few
+            near = max(near, (FEW + 1) * policy.steps)
         if near == far:
             far = 2 * near
         low, high = peak_at(near), peak_at(far)
@@ -226,7 +229,7 @@ class Planner:
             if T > 1:
                 names += [f"time:{max(T // 4, 1)}", f"layer+time:{max(T // 4, 1)}"]
             if T >= 8 and not self.is_deep:  # time:K with a smaller K keeps more potentials, and is slower
-                names += [f"layer+time:{T // 8},whole", f"layer+time:{T // 8}"]
+                names.append(f"layer+time:{T // 8}")
         found = [Policy.parse(name) for name in names]
         return [p for p in found if not p.block or residual_blocks(self.model)]
 

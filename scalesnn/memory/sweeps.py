@@ -47,7 +47,7 @@ class Statistics:
     """Of a normalisation: mean and variance of the forward pass, and what sweeps have found.
 
     Attributes:
-        mean, inverse_variance: [C]. count: of values in a channel.
+        mean, inverse_variance: [C]. count: of values in a channel, over all ranks of ``group``.
         weight, bias: [C], leaves of autograd.
         lacks: [2, C], a and b of what the gradient of x lacks. None: not known yet.
     """
@@ -57,6 +57,7 @@ class Statistics:
     count: Tensor
     weight: Tensor
     bias: Tensor
+    group: str = ""
     lacks: Tensor | None = None
 
     @classmethod
@@ -68,7 +69,7 @@ class Statistics:
         weight = one if module.weight is None else module.weight.detach().to(one.dtype)
         bias = one * 0 if module.bias is None else module.bias.detach().to(one.dtype)
         leaves = (weight.clone().requires_grad_(), bias.clone().requires_grad_())
-        return cls(norm.mean.detach(), norm.inverse_variance, norm.count, *leaves)
+        return cls(norm.mean.detach(), norm.inverse_variance, norm.count, *leaves, norm.group)
 
     @property
     def inverse_std(self) -> Tensor:
@@ -80,7 +81,8 @@ class Statistics:
         return Normalisation(self.mean, self.weight * self.inverse_std, self.bias)
 
     def know(self, of_weight: Tensor, of_bias: Tensor) -> None:
-        """The gradients over the whole sequence are known, [C] in float64."""
+        """The gradients over the whole sequence are known, [C] in float64: this rank's share."""
+        of_weight, of_bias = normalisation.all_reduce(torch.stack([of_weight, of_bias]), self.group)
         inverse_std = self.inverse_std.double()
         scale = self.weight.detach().double() * inverse_std / self.count
         self.lacks = torch.stack([of_bias * scale, of_weight * inverse_std * scale])

@@ -43,7 +43,7 @@ def run(strategy: str, policies: list[str]) -> dict[str, dict[str, float]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_policies_train_the_same_net_on_two_ranks(strategy):
-    policies = ["layer", "block", "layer+time:2"]
+    policies = ["layer", "block", "layer+time:2", "layer+time:1"]  # the last in five chunks: with a front
     found = run(strategy, policies)
     for policy in policies:
         assert found[policy]["losses"] < 1e-10, (policy, found)

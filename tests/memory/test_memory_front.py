@@ -45,7 +45,7 @@ def test_exact_in_float32(compare, fronts):
 
 
 def test_bfloat16_autocast(fronts):
-    # not 16 pixels: of a strided convolution of one pixel oneDNN's bfloat16 gradient is partly memory as it was
+    # not 16 pixels: oneDNN's bfloat16 gradient of a strided convolution of one pixel is partly random
     x = torch.randn(LONG, 2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
 
     def run(policy):
