@@ -10,7 +10,7 @@ again in ``sweeps``, a few steps of a few samples at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -148,16 +148,20 @@ class Front:
         return (m for piece in self.pieces[first:end] for part in piece.modules for m in part.modules())
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """The normalisations know of this front."""
+    def at_work(self, kept: Sequence[Tensor] = ()) -> Iterator[None]:
+        """The normalisations know of this front, and its inputs have what was ``kept`` of them."""
         norms = [m for m in self.modules() if isinstance(m, _Norm)]
         for norm in norms:
             norm.front = self
+        for x, tensor in zip(self.inputs, kept, strict=False):
+            x.kept = tensor
         try:
             yield
         finally:
             for norm in norms:
                 norm.front = None
+            for x, _ in zip(self.inputs, kept, strict=False):
+                x.kept = None
 
 
 class _Input:
@@ -165,16 +169,16 @@ class _Input:
 
     def __init__(self, x: Tensor) -> None:
         known = spikes.bits_of(x) if spikes.is_spikes(x) == 1 else None
-        self.bits = known[0] if known is not None and known[1] == 0 else None
-        self.x = x.detach() if self.bits is None else None
+        self.is_bits = known is not None and known[1] == 0
+        self.kept: Tensor | None = known[0] if known is not None and self.is_bits else x.detach()
         self.shape, self.stride, self.dtype = tuple(x.shape), x.stride(), x.dtype
 
     def part(self, a: int, b: int, m: int, n: int) -> Tensor:
         """Steps ``a`` to ``b`` of samples ``m`` to ``n``."""
-        if self.x is not None:
-            return reader(self.x)(a, b)[:, m:n]
-        assert self.bits is not None
-        rows, batch, sample = self.bits[a:b], self.shape[1], self.shape[2:]
+        assert self.kept is not None
+        if not self.is_bits:
+            return reader(self.kept)(a, b)[:, m:n]
+        rows, batch, sample = self.kept[a:b], self.shape[1], self.shape[2:]
         if math.prod(sample) % 32 == 0 and self.stride[1] == math.prod(sample):  # a sample's bits are words
             rows = rows.view(b - a, batch, -1)[:, m:n].flatten(1).contiguous()
             batch, m, n = n - m, 0, n - m
@@ -218,21 +222,24 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, front: Front, outputs: list[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.front = front
-        ctx.save_for_backward(*parameters)
+        ctx.save_for_backward(*parameters, *(x.kept for x in front.inputs))  # autograd frees them in time
+        for x in front.inputs:
+            x.kept = None
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *of_v: Tensor | None) -> tuple[Tensor | None, ...]:
         front: Front = ctx.front
-        parameters = list(ctx.saved_tensors)
+        saved = list(ctx.saved_tensors)
+        parameters, inputs = saved[: -len(front.inputs)], saved[-len(front.inputs) :]
         of_y = None if grad is None else reader(grad)
         if isinstance(of_y, Kept):
             of_y.make_from()
         elif isinstance(grad, Lazy):  # it is read many times
             of_y = reader(grad.whole())
         of_last = dict(zip(front.before, of_v, strict=True))
-        with nothing_changed(nn.ModuleList(front.modules())), front.at_work():
+        with nothing_changed(nn.ModuleList(front.modules())), front.at_work(inputs):
             return None, None, *sweeps.gradients(front, of_y, of_last, parameters)
 
 
