@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scalesnn.base import MemoryModule
 from scalesnn.kernels import spikes
+from scalesnn.memory.mixins import put_before, take_off
 from scalesnn.memory.rematerialise import KeptSpikes
 
 __all__ = ["install", "memories_of", "nothing_changed", "remove", "residual_blocks", "restore_memories"]
@@ -41,15 +42,12 @@ def residual_blocks(model: nn.Module) -> list[nn.Module]:
 def install(model: nn.Module) -> None:
     """Have every block of the net run again in backward."""
     for block in residual_blocks(model):
-        own = type(block)
-        block.__class__ = type(own.__name__, (_RunAgain, own), {"__module__": own.__module__})
+        put_before(block, _RunAgain)
 
 
 def remove(model: nn.Module) -> None:
     """Undo ``install``."""
-    for module in model.modules():
-        if isinstance(module, _RunAgain):
-            module.__class__ = type(module).__mro__[2]
+    take_off(model, _RunAgain)
 
 
 class _RunAgain:

@@ -25,6 +25,7 @@ from scalesnn.memory import sweeps
 from scalesnn.memory.blocks import nothing_changed
 from scalesnn.memory.gradients import FEW
 from scalesnn.memory.lazy import Kept, Lazy, Options, reader
+from scalesnn.memory.mixins import put_before, take_off
 from scalesnn.memory.rematerialise import ambient
 
 __all__ = ["Front", "has_front", "install", "remove", "run_front"]
@@ -36,15 +37,12 @@ def install(net: nn.Module) -> None:
     """Have the net's normalisations take part."""
     for module in net.modules():
         if isinstance(module, layer.BatchNorm2d):
-            own = type(module)
-            module.__class__ = type(own.__name__, (_Norm, own), {"__module__": own.__module__})
+            put_before(module, _Norm)
 
 
 def remove(net: nn.Module) -> None:
     """Undo ``install``."""
-    for module in net.modules():
-        if isinstance(module, _Norm):
-            module.__class__ = type(module).__mro__[2]
+    take_off(net, _Norm)
 
 
 # ---------------------------------------------------------------------------------------------- which part

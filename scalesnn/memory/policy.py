@@ -27,6 +27,7 @@ from torch import nn
 
 from scalesnn.base import UserError
 from scalesnn.memory import blocks, front, rematerialise, streaming
+from scalesnn.memory.mixins import put_before
 
 __all__ = ["Policy", "apply_policy", "policy_of"]
 
@@ -100,7 +101,7 @@ class Policy:
         return not (self.detach or self.chunk_norm)
 
 
-class Governed:
+class _Governed:
     """Mixin put before the class of a net that has a policy: its training forward runs under it."""
 
     _memory_policy: Policy
@@ -150,13 +151,12 @@ def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
     blocks.remove(model)
     streaming.remove(model)
     front.remove(model)
-    if isinstance(model, Governed):
+    if isinstance(model, _Governed):
         model.__class__ = type(model).__mro__[2]
         del model._memory_policy
     if policy == Policy():
         return model
-    own = type(model)
-    model.__class__ = type(own.__name__, (Governed, own), {"__module__": own.__module__})
+    put_before(model, _Governed)
     setattr(model, "_memory_policy", policy)  # noqa: B010 (mypy cannot know the new class)
     if policy.block:
         blocks.install(model)
@@ -172,7 +172,7 @@ def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
 def policy_of(model: nn.Module) -> Policy:
     """The policy of a net (or of the net inside DDP's or DeepSpeed's wrapper)."""
     for module in _inner(model):
-        if isinstance(module, Governed):
+        if isinstance(module, _Governed):
             return module._memory_policy
     return Policy()
 

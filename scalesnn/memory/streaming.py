@@ -19,6 +19,7 @@ from scalesnn.kernels import packing, spike_conv, spike_layers, spikes
 from scalesnn.memory.front import has_front, run_front
 from scalesnn.memory.gradients import kept_gradient, lazy_gradient
 from scalesnn.memory.lazy import Chunk, Kept, Lazy, Options, reader, spans, strides_of_sequence
+from scalesnn.memory.mixins import put_before, take_off
 from scalesnn.memory.rematerialise import KeptSpikes, ambient
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def install(net: nn.Module) -> None:
     for module in net.modules():
         for kind, mixin in ((layer.Conv2d, _StreamedConv), (layer.MaxPool2d, _StreamedPool)):
             if isinstance(module, kind):
-                own = type(module)
-                module.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+                put_before(module, mixin)
 
 
 def install_pools(net: nn.Module) -> None:
@@ -46,15 +46,12 @@ def install_pools(net: nn.Module) -> None:
     chunks."""
     for module in net.modules():
         if isinstance(module, layer.MaxPool2d):
-            own = type(module)
-            module.__class__ = type(own.__name__, (_LeanPool, own), {"__module__": own.__module__})
+            put_before(module, _LeanPool)
 
 
 def remove(net: nn.Module) -> None:
     """Undo ``install`` and ``install_pools``."""
-    for module in net.modules():
-        if isinstance(module, _StreamedConv | _StreamedPool | _LeanPool):
-            module.__class__ = type(module).__mro__[2]
+    take_off(net, _StreamedConv, _StreamedPool, _LeanPool)
 
 
 def stream(net: nn.Module, plain: Any, policy: Policy, x_seq: Tensor) -> Any:

@@ -233,9 +233,8 @@ def trace(
             parameter.grad = None
             handles.append(parameter.register_post_accumulate_grad_hook(ledger.is_gradient))
         for name, module in model.named_modules():
-            if (
-                isinstance(module, nn.Conv2d) and not policy.steps
-            ):  # where time is cut a hook would be in the way
+            # where time is cut, a hook would keep the net from having a front
+            if isinstance(module, nn.Conv2d) and not policy.steps:
                 handles.append(module.register_forward_hook(_measure_convolution(found, name)))
         context: AbstractContextManager[Any] = nullcontext()
         if amp_dtype is not None:
