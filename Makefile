@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format lock clean gpu-check kernel-report mutants cluster-tests kill-tests benchmarks
+.PHONY: help install train test lint format lock clean gpu-check kernel-report mutants long-tests cluster-tests kill-tests benchmarks
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -44,11 +44,14 @@ kernel-report: install ## registers, spills and bytes moved of every kernel, int
 mutants: install ## change the kernels' source in every place; the tests must notice (long)
 	$(BIN)/python tools/mutants.py
 
-cluster-tests: install ## every test on a real Slurm, with the long ones that `make test` leaves out
-	SCALESNN_CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster --timeout=1200
+long-tests: install ## the tests that take minutes, which `make test` leaves out: Slurm, kills, every kernel variant
+	$(BIN)/python -m pytest tests -m long -n 2 --dist loadgroup --timeout=1200
+
+cluster-tests: install ## every test on a real Slurm
+	$(BIN)/python -m pytest tests/cluster -m "long or not long" --timeout=1200
 
 kill-tests: install ## kill a training 30 times at random moments, at least 10 of them amid writing (long)
-	SCALESNN_KILLS=30 $(BIN)/python -m pytest tests/parallel/test_kill.py
+	$(BIN)/python -m pytest tests/parallel/test_kill.py -m long
 
 benchmarks: install ## every claim of the docs, measured anew into benchmarks/results (about an hour)
 	for claim in saved_bytes step_time peak_memory memory_peak memory_saved_bytes memory_plan data_throughput strategies tracking_overhead spike_counts whole_run; do \

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_testbed import ROOT, everything, trace, training_flags, wait_until
+from slurm_testbed import ROOT, trace, training_flags, wait_until
 
 from scalesnn.parallel.topology import free_port
 
@@ -61,7 +61,7 @@ def two_hosts() -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@everything
+@pytest.mark.long
 def test_torchrun_on_two_hosts(two_hosts, few_images, tmp_path):
     """As docs/cluster.md has it; the interface towards the other host is found by scalesnn."""
     flags = training_flags(few_images, tmp_path / "runs", "--max-steps", "3", "--run-name", "two")
@@ -79,7 +79,7 @@ def test_torchrun_on_two_hosts(two_hosts, few_images, tmp_path):
     assert len(trace(tmp_path / "runs/two")) == 3
 
 
-@everything
+@pytest.mark.long
 def test_the_doctor_measures_the_link_of_two_hosts(two_hosts):
     common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.77.0.1",
               "MASTER_PORT": "29511", "COLUMNS": "200"}  # fmt: skip
@@ -144,7 +144,7 @@ def answers(address: str, port: int) -> bool:
     return True
 
 
-@everything
+@pytest.mark.long
 def test_launch_with_a_hostfile_trains_on_both_hosts(sshd, few_images, tmp_path):
     """scalesnn launch --hostfile → DeepSpeed's launcher → pdsh → ssh, ZeRO-2."""
     (tmp_path / "hosts").write_text("127.0.0.11 slots=1\n127.0.0.12 slots=1\n")
@@ -161,7 +161,7 @@ def test_launch_with_a_hostfile_trains_on_both_hosts(sshd, few_images, tmp_path)
     assert {path.name for path in (tmp_path / "runs/two/logs").iterdir()} == {"rank_0.log", "rank_1.log"}
 
 
-@everything
+@pytest.mark.long
 def test_torchrun_starts_a_killed_training_again(few_images, tmp_path):
     """scalesnn launch --max-restarts: SIGKILL of a worker, and the run goes on from its checkpoint."""
     flags = training_flags(few_images, tmp_path / "runs", "--save-every", "2", "--run-name", "again")
@@ -178,7 +178,7 @@ def test_torchrun_starts_a_killed_training_again(few_images, tmp_path):
     assert "resumed from" in out
 
 
-@everything
+@pytest.mark.long
 def test_half_of_the_devices_take_as_many_steps_of_as_many_images(few_images, tmp_path):
     """--global-batch: two ranks begin, one goes on with twice the accumulation."""
     flags = training_flags(few_images, tmp_path / "runs", "--global-batch", "8", "--run-name", "half")
@@ -231,7 +231,7 @@ def test_the_manifest_s_flags_are_known():
     assert args.resume == "latest"
 
 
-@everything
+@pytest.mark.long
 def test_the_manifest_s_command_trains_in_two_pods(few_images, tmp_path):
     """Two processes with the operator's variables run the container's command, on our data."""
     job = yaml.safe_load(MANIFEST.read_text())

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_testbed import ROOT, everything, steps_so_far, trace, training_flags, wait_until
+from slurm_testbed import ROOT, steps_so_far, trace, training_flags, wait_until
 
 from scalesnn.parallel.launchers import expand_hostlist
 
@@ -140,7 +140,7 @@ def test_a_training_that_is_signalled_resumes_and_repeats_the_unbroken_trace(slu
     assert [path.name for path in (tmp_path / "runs").glob(f"job{broken}*")] == [f"job{broken}"]
 
 
-@everything
+@pytest.mark.long
 def test_two_nodes_have_the_trace_of_one_process(slurm, few_images, tmp_path):
     """With BatchNorm over all ranks, two ranks of 4 images compute what one computes on 8."""
     flags = training_flags(few_images, tmp_path / "runs", "--sync-bn")
@@ -155,7 +155,7 @@ def test_two_nodes_have_the_trace_of_one_process(slurm, few_images, tmp_path):
     assert two == pytest.approx(one, abs=2e-4)
 
 
-@everything
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["train_ddp", "train_fsdp"])
 def test_the_other_batch_scripts_train(slurm, few_images, tmp_path, script):
     flags = training_flags(few_images, tmp_path / "runs")
@@ -165,7 +165,7 @@ def test_the_other_batch_scripts_train(slurm, few_images, tmp_path, script):
     assert len(trace(tmp_path / f"runs/job{job}")) == 16
 
 
-@everything
+@pytest.mark.long
 def test_a_killed_training_recovers_with_the_unbroken_trace(slurm, few_images, tmp_path):
     """SIGKILL of one rank's process in the middle of train_zero2.sbatch, RESTARTS=1."""
     flags = training_flags(few_images, tmp_path / "runs", "--save-every", "2")
@@ -181,7 +181,7 @@ def test_a_killed_training_recovers_with_the_unbroken_trace(slurm, few_images, t
     assert trace(folder) == trace(tmp_path / f"runs/job{whole}")
 
 
-@everything
+@pytest.mark.long
 def test_a_sweep_is_an_array_with_a_run_for_each_line(slurm, few_images, tmp_path):
     (tmp_path / "sweep.txt").write_text("# two rates\n--lr 0.01\n\n--lr 0.02 --max-steps 2\n")
     flags = training_flags(few_images, tmp_path / "runs", "--max-steps", "3")
@@ -193,7 +193,7 @@ def test_a_sweep_is_an_array_with_a_run_for_each_line(slurm, few_images, tmp_pat
     assert len(trace(tmp_path / f"runs/job{job}_1")) == 2
 
 
-@everything
+@pytest.mark.long
 def test_launch_slurm_writes_a_script_that_trains(slurm, few_images, tmp_path):
     flags = training_flags(few_images, tmp_path / "runs", "--max-steps", "2")
     done = slurm.run(
@@ -206,7 +206,7 @@ def test_launch_slurm_writes_a_script_that_trains(slurm, few_images, tmp_path):
     assert len(trace(tmp_path / f"runs/job{job}")) == 2
 
 
-@everything
+@pytest.mark.long
 def test_a_sweep_task_without_a_line_ends_with_2(slurm, tmp_path):
     (tmp_path / "sweep.txt").write_text("--lr 0.01\n")
     job = slurm.submit("--array=3", str(SCRIPTS / "array_sweep.sbatch"), "sweep.txt", cwd=tmp_path)

@@ -17,7 +17,6 @@ from oracle import ATAN
 from scalesnn import surrogate
 from scalesnn.kernels.source import surrogate_key, variant_source
 
-LONG = bool(os.environ.get("SCALESNN_LONG_TESTS"))  # every variant rather than a few
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
@@ -47,8 +46,7 @@ VARIANTS = [  # dtype, steps, charge, hard reset, detached reset, parametric, no
     (torch.float32, 1, 0, False, False, False, True),
     (torch.float64, 8, 2, True, False, False, False),
 ]
-if not LONG:
-    VARIANTS = VARIANTS[:2]
+VARIANTS = VARIANTS[:2] + [pytest.param(variant, marks=pytest.mark.long) for variant in VARIANTS[2:]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x).replace("torch.", "") for x in v))

@@ -13,9 +13,12 @@ from scalesnn.parallel.topology import free_port
 WORKER = Path(__file__).with_name("memory_worker.py")
 ROOT = WORKER.parents[2]
 
-STRATEGIES = ["ddp", "zero3", "fsdp"]
-if os.environ.get("SCALESNN_LONG_TESTS"):
-    STRATEGIES += ["zero1", "zero2"]
+STRATEGIES = [
+    "ddp",
+    "zero3",
+    "fsdp",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("zero1", "zero2")),
+]
 
 
 def run(strategy: str, policies: list[str]) -> dict[str, dict[str, float]]:

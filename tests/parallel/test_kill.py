@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 WORKER = Path(__file__).with_name("kill_worker.py")
-# `make kill-tests` is the long form, with 30.
-KILLS = int(os.environ.get("SCALESNN_KILLS", "3"))
 
 
 def run(folder: Path, kills: int, seed: int) -> tuple[dict[str, Any], list[list[Any]]]:
@@ -25,24 +23,25 @@ def run(folder: Path, kills: int, seed: int) -> tuple[dict[str, Any], list[list[
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=240 + 20 * kills,
     )
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (folder / "log").read_text().splitlines() if line.endswith("]")]
     return json.loads(done.stdout), log
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.long)])
 @pytest.mark.parametrize("seed", [1, 7])  # 7: checkpoints are written in the background
-def test_killed_at_random_moments_and_resumed(tmp_path: Path, seed: int) -> None:
+def test_killed_at_random_moments_and_resumed(tmp_path: Path, seed: int, kills: int) -> None:
     _, unbroken = run(tmp_path / "unbroken", 0, seed)
     losses = {line[1]: line[2] for line in unbroken if line[0] == "step"}
     assert len(losses) == 60
 
-    account, log = run(tmp_path / "killed", KILLS, seed)
+    account, log = run(tmp_path / "killed", kills, seed)
     assert account["status"] == 0
-    assert account["kills"] == KILLS
-    assert account["amid_writing"] >= KILLS / 3
+    assert account["kills"] == kills
+    assert account["amid_writing"] >= kills / 3
     saved = reached = starts_amid = 0
     for before, line in zip([["end"], *log], log, strict=False):
         if line[0] == "start":
@@ -56,7 +55,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path, seed: int) -> None
             assert line[2] == losses[line[1]], f"step {line[1]} differs from the unbroken run"
         elif line[0] == "saved" and seed != 7:
             saved = line[1]
-    assert starts_amid >= KILLS / 3
+    assert starts_amid >= kills / 3
     assert log[-1] == unbroken[-1]
     left = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
     assert left == ["best", "latest", "step_00000054", "step_00000057", "step_00000060"]

@@ -24,11 +24,6 @@ SYSTEM_PATH = "/usr/sbin:/sbin"
 
 os.environ["PATH"] += f":{SYSTEM_PATH}"
 
-everything = pytest.mark.skipif(
-    not os.environ.get("SCALESNN_CLUSTER_TESTS"),
-    reason="takes minutes: SCALESNN_CLUSTER_TESTS=1 (make cluster-tests) runs it",
-)
-
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     """Poll until ``condition`` gives something true; fail with ``what`` after ``seconds``."""
