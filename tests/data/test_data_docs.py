@@ -20,7 +20,7 @@ def test_the_table_has_every_flag() -> None:
     flags -= {"--help"}
     named = set(re.findall(r"`(--[a-z-]+)", PAGE.read_text(encoding="utf-8")))
     assert flags <= named
-    assert named - flags == {"--output"}  # of `scalesnn data check`
+    assert named - flags == {"--output", "--fraction", "--seed", "--classes"}  # of `scalesnn data …`
 
 
 def test_the_program_runs() -> None:
