@@ -156,10 +156,17 @@ def plan_launch(args: argparse.Namespace) -> Launch:
 
 
 def images_per_process(arguments: list[str]) -> int:
-    """Ask the training's parser; it ends with one line and exit code 2 where it does not know a flag."""
-    from scalesnn.model.train_imagenet_example import SResNetTrainer
+    """Ask the training's parser and hooks; a flag or name that they do not know ends it with exit code 2.
 
-    settings = SResNetTrainer().get_args_parser().parse_args(arguments)
+    Raises:
+        UserError: a name that no hook knows, such as an optimizer's.
+    """
+    from scalesnn.model.train_imagenet_example import SResNetTrainer
+    from scalesnn.training.hook_checks import check_hooks
+
+    trainer = SResNetTrainer()
+    settings = trainer.get_args_parser().parse_args(arguments)
+    check_hooks(trainer, settings)
     return int(settings.batch_size * settings.gradient_accumulation)
 
 

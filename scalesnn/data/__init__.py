@@ -4,8 +4,8 @@
 Nothing here imports DALI before a DALI pipeline is made.
 """
 
-from scalesnn.data.arguments import add_data_arguments
+from scalesnn.data.arguments import add_data_arguments, default_workers
 from scalesnn.data.loader import Loader
-from scalesnn.data.opening import Data, open_data
+from scalesnn.data.opening import Data, open_data, recipe_of
 
-__all__ = ["Data", "Loader", "add_data_arguments", "open_data"]
+__all__ = ["Data", "Loader", "add_data_arguments", "default_workers", "open_data", "recipe_of"]

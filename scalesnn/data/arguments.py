@@ -31,8 +31,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--loader",
         type=str,
         default="dali",
-        choices=["dali", "torchvision"],
-        help="what decodes and augments: NVIDIA DALI, or torchvision with Pillow",
+        metavar="NAME",
+        help="what decodes and augments: dali (NVIDIA DALI), or torchvision (with Pillow)",
     )
     add(
         "-j",
@@ -61,8 +61,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--interpolation",
         type=str,
         default="bilinear",
-        choices=["nearest", "bilinear", "bicubic"],
-        help="how images are resized",
+        metavar="NAME",
+        help="how images are resized: nearest, bilinear or bicubic",
     )
     add("--train-crop-size", type=int, default=176, metavar="PIXELS", help="size of a training image")
     add(
@@ -90,7 +90,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--bad-images",
         type=str,
         default="skip",
-        choices=["skip", "stop"],
+        metavar="skip|stop",
         help="an unreadable image is replaced (in validation left out) and named; or it stops the run",
     )
     add(
@@ -104,7 +104,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--loader-tune",
         type=str,
         default="auto",
-        choices=["auto", "on", "off"],
+        metavar="auto|on|off",
         help="measure at the start how many DALI threads pay (up to --workers); auto: on long runs only",
     )
     add(

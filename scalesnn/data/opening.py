@@ -21,7 +21,7 @@ from scalesnn.data.loader import Loader, LoaderSettings
 from scalesnn.data.mixing import Mixer
 from scalesnn.data.policies import stages_of
 
-__all__ = ["SAMPLE", "Data", "open_data"]
+__all__ = ["SAMPLE", "Data", "open_data", "recipe_of"]
 
 log = logging.getLogger("scalesnn.data")
 
@@ -55,12 +55,25 @@ class Data:
         self.val.close()
 
 
-def _check(args: argparse.Namespace, batch_size: int) -> Recipe:
-    """The recipe that the flags state.
+NAMES = {
+    "loader": ("dali", "torchvision"),
+    "interpolation": ("nearest", "bilinear", "bicubic"),
+    "bad_images": ("skip", "stop"),
+    "loader_tune": ("auto", "on", "off"),
+}
+
+
+def recipe_of(args: argparse.Namespace, batch_size: int) -> Recipe:
+    """The recipe that the flags state, once all data flags are checked.
 
     Raises:
         UserError: a value that cannot be.
     """
+    for flag, known in NAMES.items():
+        if getattr(args, flag) not in known:
+            raise UserError(
+                f"--{flag.replace('_', '-')}: unknown {getattr(args, flag)!r} (known: {', '.join(known)})"
+            )
     for flag in ("train_crop_size", "val_resize_size", "val_crop_size", "ra_reps"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
@@ -77,8 +90,6 @@ def _check(args: argparse.Namespace, batch_size: int) -> Recipe:
             raise UserError(f"--{flag.replace('_', '-')} must be 0 or more, got {getattr(args, flag)}")
     policy = args.auto_augment or "none"
     stages_of(policy)
-    if args.interpolation not in ("nearest", "bilinear", "bicubic"):
-        raise UserError(f"--interpolation must be nearest, bilinear or bicubic, got {args.interpolation!r}")
     return Recipe(
         train_crop_size=args.train_crop_size,
         val_resize_size=args.val_resize_size,
@@ -113,7 +124,7 @@ def open_data(
         UserError: a flag, a folder or an image list that cannot be; before any image is decoded.
     """
     device = torch.device(device)
-    recipe = _check(args, batch_size)
+    recipe = recipe_of(args, batch_size)
     notices: list[str] = []
     root = Path(args.data_path) if args.data_path else SAMPLE
     if not args.data_path:

@@ -6,10 +6,11 @@ SpikingJelly's ``train_classify.Trainer`` (0.0.0.0.14), which follows torchvisio
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scalesnn.base import UserError
-from scalesnn.data import add_data_arguments, open_data
+from scalesnn.data import add_data_arguments, open_data, recipe_of
 from scalesnn.doctor import add_preflight_argument, run_preflight
 from scalesnn.memory import add_memory_arguments, use_arena
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
@@ -31,19 +32,47 @@ from scalesnn.training.arguments import (
     add_optimization_arguments,
     add_run_arguments,
     check_arguments,
+    check_weights,
 )
 from scalesnn.training.elastic import add_elastic_arguments, apply_global_batch
 from scalesnn.training.ema import ModelEma
 from scalesnn.training.hang_watch import HangWatch, add_hang_arguments
+from scalesnn.training.hook_checks import check_hooks, check_optimizer, check_schedule, refuses
 from scalesnn.training.loop import Run
 from scalesnn.training.metrics import accuracy
-from scalesnn.training.opening import build_model, choose_run_folder, open_run, set_deterministic
-from scalesnn.training.optimizers import make_optimizer, make_scheduler, parameter_groups
+from scalesnn.training.opening import (
+    build_model,
+    build_optimizer,
+    choose_run_folder,
+    open_run,
+    set_deterministic,
+)
+from scalesnn.training.optimizers import make_optimizer, make_scheduler
 from scalesnn.training.preemption import Preemption, add_preemption_arguments
 from scalesnn.training.rank_logs import RankLog
 from scalesnn.training.user_data import as_data
 
 __all__ = ["Trainer", "set_deterministic"]
+
+
+def check_data(args: Any) -> None:
+    """Refuse flags that the default ``load_data`` cannot take; ``--weights`` sets the test images' size.
+
+    Raises:
+        UserError: one line that names the flag, what was given and what is possible.
+    """
+    check_weights(args)
+    recipe_of(args, args.batch_size)
+
+
+def returning_parser(hook: Callable[..., RecipeParser | None]) -> Callable[..., RecipeParser]:
+    """A ``get_args_parser`` that may end without ``return parser``, as in SpikingJelly's tutorial."""
+
+    @functools.wraps(hook)
+    def get_args_parser(self: Trainer, *args: Any, **kwargs: Any) -> RecipeParser:
+        return hook(self, *args, **kwargs) or self._parser
+
+    return get_args_parser
 
 
 class Trainer:
@@ -57,12 +86,20 @@ class Trainer:
     run: Run
     topology: Topology
     device: torch.device
+    _parser: RecipeParser  # the last that get_args_parser has made
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "get_args_parser" in vars(cls):
+            cls.get_args_parser = returning_parser(cls.get_args_parser)  # type: ignore[method-assign]
 
     # ---- hooks, in the order in which a run calls them: settings, data, network, steps, epochs ----
 
     def get_args_parser(self, add_help: bool = True) -> RecipeParser:
         """The parser of every flag; extend what ``super().get_args_parser()`` returns."""
-        parser = RecipeParser(description="Train a spiking image classifier.", add_help=add_help)
+        parser = self._parser = RecipeParser(
+            description="Train a spiking image classifier.", add_help=add_help
+        )
         add_model_arguments(parser)
         add_data_arguments(parser)
         add_optimization_arguments(parser)
@@ -81,8 +118,10 @@ class Trainer:
         """Build the network. Must be overridden."""
         raise UserError("this Trainer has no network: override load_model(self, args, num_classes)")
 
+    @refuses(check_data)
     def load_data(self, args: Any) -> Any:
         """Open the data: ``scalesnn.data.Data``, or (dataset, dataset_test, train_sampler, test_sampler)."""
+        check_data(args)
         return open_data(
             args,
             batch_size=args.batch_size,
@@ -105,10 +144,12 @@ class Trainer:
         """From the network's output to logits [N, classes]."""
         return y
 
+    @refuses(check_optimizer)
     def set_optimizer(self, args: Any, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         """The optimizer of ``--opt`` for ``parameters`` (tensors or groups)."""
         return make_optimizer(args, parameters)
 
+    @refuses(check_schedule)
     def set_lr_scheduler(self, args: Any, optimizer: torch.optim.Optimizer) -> Any:
         """The schedule of ``--lr-scheduler``, stepped once an epoch."""
         return make_scheduler(args, optimizer)
@@ -195,11 +236,14 @@ class Trainer:
     def _main(self, args: Any) -> None:
         """The stages of a run, each with what the ones before it made."""
         check_arguments(args)
+        check_hooks(self, args)
         set_deterministic(args.seed, args.disable_uda)
         self.topology = Topology.from_environment(local_rank_flag=args.local_rank)
         place_process(self.topology, bind=not args.no_cpu_binding)
         apply_global_batch(args, self.topology.world_size)
         strategy = create_strategy(args, self.topology)
+        args.distributed, args.world_size = self.topology.world_size > 1, self.topology.world_size
+        args.rank, args.gpu = self.topology.rank, self.topology.local_rank  # SpikingJelly's hooks read these
         self.device = strategy.setup_device(args.device)
         if self.device.type == "cpu":
             use_arena()
@@ -221,9 +265,7 @@ class Trainer:
             model, memory = build_model(self, args, data, strategy)
             strategy.prepare(
                 model,
-                lambda m: self.set_optimizer(
-                    args, parameter_groups(m, args.weight_decay, args.norm_weight_decay)
-                ),
+                lambda network: build_optimizer(self, args, network),
                 lambda optimizer: self.set_lr_scheduler(args, optimizer),
             )
             self.run = open_run(args, folder, strategy, data, memory, preemption, watch)

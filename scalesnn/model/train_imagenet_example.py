@@ -12,17 +12,43 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scalesnn import functional, neuron, surrogate
 from scalesnn.base import UserError
 from scalesnn.model import ms_resnet, sew_resnet, spiking_resnet
 from scalesnn.model.train_classify import Trainer
-from scalesnn.training.arguments import RecipeParser, nearest
+from scalesnn.training.arguments import RecipeParser
+from scalesnn.training.hook_checks import check_name, refuses
 
 __all__ = ["SResNetTrainer", "build_model", "model_makers"]
 
 NEURONS = {"IF": neuron.IFNode, "LIF": neuron.LIFNode, "PLIF": neuron.ParametricLIFNode}
+
+
+def check_network(args: Any) -> None:
+    """Refuse a network that ``build_model`` cannot make.
+
+    Raises:
+        UserError: no such network, neuron or surrogate, or --cnf for a network that has none.
+    """
+    check_name("--model", args.model, list(model_makers()))
+    check_name("--neuron", args.neuron, list(NEURONS))
+    check_name("--surrogate", args.surrogate, list(surrogates()))
+    if "cnf" in args.explicit and not args.model.startswith("sew_"):
+        raise UserError(f"--cnf is for SEW-ResNets, but --model is {args.model}: leave it out")
+
+
+def check_test(args: Any) -> None:
+    """``check_network``, and weights for --test-only, which the default ``load_model`` does not make up.
+
+    Raises:
+        UserError: see ``check_network``; or there is nothing to test.
+    """
+    check_network(args)
+    if args.test_only and not (args.resume or args.pretrained):
+        raise UserError("--test-only needs weights to test: give --resume CHECKPOINT or --pretrained")
 
 
 class SResNetTrainer(Trainer):
@@ -44,6 +70,7 @@ class SResNetTrainer(Trainer):
         """The Trainer's name with T."""
         return super().get_tb_logdir_name(args) + f"_T{args.T}"
 
+    @refuses(check_test)
     def load_model(self, args: Any, num_classes: int) -> nn.Module:
         """``--model`` by name, with detached reset, in multi-step mode."""
         return build_model(args, num_classes)
@@ -74,42 +101,38 @@ def model_makers() -> dict[str, Callable[..., nn.Module]]:
     }
 
 
+def surrogates() -> dict[str, Callable[..., Any]]:
+    """The classes that --surrogate names."""
+    return {n: getattr(surrogate, n) for n in surrogate.__all__ if isinstance(getattr(surrogate, n), type)}
+
+
 def build_model(args: Any, num_classes: int) -> nn.Module:
     """Build the network that the flags name.
 
     Raises:
-        UserError: no such network, neuron or surrogate, or --cnf for a network that has none.
+        UserError: see ``check_network``; or --cupy without a GPU.
     """
-    maker = choose("--model", args.model, model_makers())
-    node = choose("--neuron", args.neuron, NEURONS)
-    surrogates = {
-        n: getattr(surrogate, n) for n in surrogate.__all__ if isinstance(getattr(surrogate, n), type)
-    }
+    check_network(args)
+    if args.cupy and not torch.cuda.is_available():
+        raise UserError(
+            "--cupy needs a GPU, and this run has none; leave it out: the CPU has fused kernels of its own"
+        )
     settings: dict[str, Any] = {
-        "spiking_neuron": node,
-        "surrogate_function": choose("--surrogate", args.surrogate, surrogates)(),
+        "spiking_neuron": NEURONS[args.neuron],
+        "surrogate_function": surrogates()[args.surrogate](),
         "detach_reset": True,
     }
     if args.neuron != "IF":
         settings["tau" if args.neuron == "LIF" else "init_tau"] = args.tau
     if args.model.startswith("sew_"):
         settings["cnf"] = args.cnf
-    elif "cnf" in args.explicit:
-        raise UserError(f"--cnf is for SEW-ResNets, but --model is {args.model}: leave it out")
-    model = maker(
+    model = model_makers()[args.model](
         pretrained=args.pretrained, num_classes=1000 if args.pretrained else num_classes, **settings
     )
     functional.set_step_mode(model, "m")
     if args.cupy:
         functional.set_backend(model, "cupy", neuron.BaseNode)
     return model
-
-
-def choose(flag: str, name: str, known: dict[str, Any]) -> Any:
-    """``known[name]``; a UserError that names what is near, and all there is, where it is not known."""
-    if name not in known:
-        raise UserError(f"{flag}: unknown {name!r}{nearest(name, list(known))} (known: {', '.join(known)})")
-    return known[name]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ __all__ = [
     "add_optimization_arguments",
     "add_run_arguments",
     "check_arguments",
+    "check_weights",
 ]
 
 OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
@@ -161,7 +162,7 @@ def add_model_arguments(parser: RecipeParser) -> None:
     group.add_argument(
         "--prototype",
         action="store_true",
-        help="torchvision's prototype models (gone from today's torchvision)",
+        help="no effect: torchvision's prototype models are its ordinary ones now; --weights works alone",
     )
 
 
@@ -238,7 +239,8 @@ def add_run_arguments(parser: RecipeParser) -> None:
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse settings that cannot work, before anything is loaded.
+    """Refuse settings that cannot work, before anything is loaded; names that hooks extend are theirs to
+    check.
 
     Raises:
         UserError: one line that names the flag, what was given and what is possible.
@@ -256,15 +258,8 @@ def check_arguments(args: Any) -> None:
         "start_epoch": 0,
     }.items():
         value = getattr(args, flag, None)
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             raise UserError(f"{option(flag)} must be at least {least}, got {value}")
-    for flag, names in {"opt": OPTIMIZERS, "lr_scheduler": SCHEDULERS, "lr_warmup_method": WARMUPS}.items():
-        value = getattr(args, flag).lower()
-        if value not in names:
-            raise UserError(
-                f"{option(flag)}: unknown {value!r}{nearest(value, names)} (known: {', '.join(names)})"
-            )
-        setattr(args, flag, value)
     for flag in ("lr", "weight_decay", "momentum", "norm_weight_decay"):
         value = getattr(args, flag)
         if value is not None and not 0 <= value < float("inf"):
@@ -272,33 +267,22 @@ def check_arguments(args: Any) -> None:
     for flag in ("label_smoothing", "model_ema_decay"):
         if not 0 <= getattr(args, flag) <= 1:
             raise UserError(f"{option(flag)} must lie between 0 and 1, got {getattr(args, flag)}")
-    if args.prototype:
-        raise UserError(
-            "--prototype: today's torchvision has no prototype models any more; "
-            "leave the flag out, --weights works without it"
-        )
     if args.device not in ("auto", "cpu") and not args.device.startswith("cuda"):
         raise UserError(f"--device: expected auto, cuda or cpu, got {args.device!r}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
             f"--device {args.device}: torch sees no GPU here; leave the flag out or give --device cpu"
         )
-    if getattr(args, "cupy", False) and (args.device == "cpu" or not torch.cuda.is_available()):
-        raise UserError(
-            "--cupy needs a GPU, and this run has none; leave it out: the CPU has fused kernels of its own"
-        )
-    if args.weights is not None:
-        take_preprocessing(args)
-    if args.test_only and not (args.resume or args.pretrained):
-        raise UserError("--test-only needs weights to test: give --resume CHECKPOINT or --pretrained")
 
 
-def take_preprocessing(args: Any) -> None:
+def check_weights(args: Any) -> None:
     """--weights: resize, crop and interpolate test images as those weights want it, where no flag says else.
 
     Raises:
         UserError: torchvision has no such weights.
     """
+    if args.weights is None:
+        return
     try:
         preset = torchvision.models.get_weight(args.weights).transforms()
     except (ValueError, KeyError, AttributeError):

@@ -48,11 +48,14 @@ class Averages:
         self.names = names
         self.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
 
-    def add(self, values: dict[str, Tensor], weight: int) -> None:
-        """Count ``values`` (scalar tensors, by name) ``weight`` times; a weight of 0 counts nothing."""
+    def add(self, values: dict[str, Tensor | float], weight: int) -> None:
+        """Count ``values`` (scalar tensors, or numbers, by name) ``weight`` times; a weight of 0 counts
+        nothing.
+        """
         if weight == 0:
             return
-        row = torch.stack([values[name].detach().double() for name in self.names])
+        scalars = [torch.as_tensor(values[name]).detach().to(self.sums) for name in self.names]
+        row = torch.stack(scalars)
         self.sums[:-1] += row * weight
         self.sums[-1] += weight
 

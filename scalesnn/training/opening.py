@@ -25,13 +25,21 @@ from scalesnn.training.ema import ModelEma, adjusted_decay
 from scalesnn.training.hang_watch import HangWatch
 from scalesnn.training.loop import NAMES, Run
 from scalesnn.training.metrics import Averages
+from scalesnn.training.optimizers import parameter_groups
 from scalesnn.training.preemption import Preemption, is_restart, job_run_name
 from scalesnn.training.run_folder import choose_folder, describe_run, write_config
 
 if TYPE_CHECKING:
     from scalesnn.model.train_classify import Trainer
 
-__all__ = ["build_model", "choose_run_folder", "open_run", "set_deterministic", "total_steps"]
+__all__ = [
+    "build_model",
+    "build_optimizer",
+    "choose_run_folder",
+    "open_run",
+    "set_deterministic",
+    "total_steps",
+]
 
 
 def set_deterministic(seed: int, disable_uda: bool = False) -> None:
@@ -69,11 +77,14 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> t
     """
     frames = getattr(data, "frames_shape", None)  # [T, C, H, W] of event frames
     if frames is not None and hasattr(args, "T"):
-        if "T" in args.explicit and frames[0] != args.T:
+        if "T" in getattr(args, "explicit", ()) and frames[0] != args.T:
             raise UserError(f"--T {args.T}, but the frames have {frames[0]} time-steps: leave --T out")
         args.T = frames[0]
     model = trainer.load_model(args, len(data.classes))
-    shape = frames or (3, args.train_crop_size, args.train_crop_size)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"load_model must return the network, a torch.nn.Module, got {type(model).__name__}")
+    images = getattr(data, "sample_shape", (3, args.train_crop_size, args.train_crop_size))
+    shape = frames or images
     probe = trainer.preprocess_train_sample(args, torch.zeros(1, *shape))
     if probe.ndim == 5:
         functional.check_step_mode(model, "m")
@@ -93,6 +104,22 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> t
         trainer.device,
     )
     return model.to(memory_format=torch.channels_last), prepared
+
+
+def build_optimizer(trainer: Trainer, args: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """``set_optimizer`` for the parameter groups of ``model``.
+
+    Raises:
+        UserError: the hook returned something else.
+    """
+    groups = parameter_groups(model, args.weight_decay, args.norm_weight_decay)
+    optimizer = trainer.set_optimizer(args, groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(
+            "set_optimizer must return a torch.optim.Optimizer, "
+            f"got {type(optimizer).__name__} for --opt {args.opt}"
+        )
+    return optimizer
 
 
 def open_run(

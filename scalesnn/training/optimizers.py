@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.lr_scheduler import LRScheduler
 
-from scalesnn.base import UserError
+from scalesnn.training.hook_checks import check_optimizer, check_schedule
 
 __all__ = ["make_optimizer", "make_scheduler", "parameter_groups"]
 
@@ -49,6 +49,7 @@ def make_optimizer(args: Any, parameters: Iterable[Any]) -> torch.optim.Optimize
     Raises:
         UserError: ``--opt`` is not one of sgd, sgd_nesterov, rmsprop, adamw.
     """
+    check_optimizer(args)
     common = {"lr": args.lr, "weight_decay": args.weight_decay}
     match args.opt.lower():
         case "sgd":
@@ -58,9 +59,8 @@ def make_optimizer(args: Any, parameters: Iterable[Any]) -> torch.optim.Optimize
         case "rmsprop":
             # eps and alpha of the Inception recipe, as torchvision's reference training takes them.
             return torch.optim.RMSprop(parameters, momentum=args.momentum, eps=0.0316, alpha=0.9, **common)
-        case "adamw":
+        case _:
             return torch.optim.AdamW(parameters, **common)
-    raise UserError(f"--opt: unknown {args.opt!r} (known: sgd, sgd_nesterov, rmsprop, adamw)")
 
 
 def make_scheduler(args: Any, optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -69,6 +69,7 @@ def make_scheduler(args: Any, optimizer: torch.optim.Optimizer) -> LRScheduler:
     Raises:
         UserError: an unknown schedule or warm-up.
     """
+    check_schedule(args)
     after_warmup = max(1, args.epochs - args.lr_warmup_epochs)
     main: LRScheduler
     match args.lr_scheduler.lower():
@@ -76,18 +77,14 @@ def make_scheduler(args: Any, optimizer: torch.optim.Optimizer) -> LRScheduler:
             main = schedulers.StepLR(optimizer, step_size=args.lr_step_size, gamma=args.lr_gamma)
         case "cosa":
             main = schedulers.CosineAnnealingLR(optimizer, T_max=after_warmup)
-        case "exp":
+        case _:
             main = schedulers.ExponentialLR(optimizer, gamma=args.lr_gamma)
-        case other:
-            raise UserError(f"--lr-scheduler: unknown {other!r} (known: step, cosa, exp)")
     if args.lr_warmup_epochs == 0:
         return main
     warmup: LRScheduler
     match args.lr_warmup_method.lower():
         case "linear":
             warmup = schedulers.LinearLR(optimizer, args.lr_warmup_decay, total_iters=args.lr_warmup_epochs)
-        case "constant":
+        case _:
             warmup = schedulers.ConstantLR(optimizer, args.lr_warmup_decay, total_iters=args.lr_warmup_epochs)
-        case other:
-            raise UserError(f"--lr-warmup-method: unknown {other!r} (known: linear, constant)")
     return schedulers.SequentialLR(optimizer, [warmup, main], milestones=[args.lr_warmup_epochs])

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 from scalesnn.base import UserError
+from scalesnn.data import default_workers
 
 __all__ = ["DatasetLoader", "UserData", "as_data"]
 
@@ -59,6 +60,7 @@ class UserData:
     train: DatasetLoader
     val: DatasetLoader
     classes: list[str]
+    sample_shape: tuple[int, ...]  # of one image, [C, H, W]
     notices: list[str] = field(default_factory=list)
 
     def close(self) -> None:
@@ -79,17 +81,34 @@ def as_data(loaded: Any, args: Any, device: torch.device) -> Any:
             f"(dataset, dataset_test, train_sampler, test_sampler), got {type(loaded).__name__}"
         )
     dataset, dataset_test, train_sampler, test_sampler = loaded
-    classes = list(dataset.classes)
+    classes = classes_of(dataset)
     common: dict[str, Any] = {
         "batch_size": args.batch_size,
-        "num_workers": args.workers,
+        "num_workers": default_workers() if args.workers is None else args.workers,
         "pin_memory": device.type == "cuda" and not args.disable_pinmemory,
     }
     train = DataLoader(
         dataset, sampler=train_sampler, collate_fn=Mixing(args, len(classes)), drop_last=True, **common
     )
     val = DataLoader(dataset_test, sampler=test_sampler, **common)
-    return UserData(DatasetLoader(train, device), DatasetLoader(val, device), classes)
+    shape = tuple(dataset[0][0].shape)
+    return UserData(DatasetLoader(train, device), DatasetLoader(val, device), classes, shape)
+
+
+def classes_of(dataset: Any) -> list[str]:
+    """The class names of a dataset, or of the one that a ``torch.utils.data.Subset`` is of.
+
+    Raises:
+        UserError: it does not say what classes it has.
+    """
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    if not hasattr(dataset, "classes"):
+        raise UserError(
+            f"load_data: {type(dataset).__name__} does not say what classes it has; give it a list: "
+            "dataset.classes = [...]"
+        )
+    return [str(name) for name in dataset.classes]
 
 
 class Mixing:

@@ -202,3 +202,13 @@ def test_a_launcher_s_exit_code_is_kept(tmp_path):
     script = tmp_path / "mine.py"
     script.write_text("raise SystemExit(7)\n")
     assert plan_launch(parse("--devices", "1", "--script", str(script))).run() == 7
+
+
+def test_a_name_that_the_training_would_refuse_is_refused_before_the_queue(capsys):
+    for words, expected in (
+        (["--opt", "sdg"], "did you mean 'sgd'"),
+        (["--model", "spiking_resnet19"], "did you mean 'spiking_resnet18'"),
+        (["--loader", "quick"], "--loader: unknown 'quick'"),
+    ):
+        with pytest.raises(UserError, match=expected.replace("(", r"\(")):
+            dry_run(capsys, "--devices", "8", *words)

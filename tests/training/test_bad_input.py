@@ -36,7 +36,8 @@ def process_left_as_it_was():
     ("words", "expected"),
     [
         (["--model", "spiking_resnet19"], "did you mean 'spiking_resnet18'?"),
-        (["--opt", "lion"], "known: sgd, sgd_nesterov, rmsprop, adamw"),
+        (["--opt", "sdg"], "did you mean 'sgd'? (known: sgd, sgd_nesterov, rmsprop, adamw)"),
+        (["--test-only"], "--resume CHECKPOINT"),
         (["--lr-scheduler", "poly"], "known: step, cosa, exp"),
         (["--T", "0"], "--T must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),

@@ -1,12 +1,37 @@
-"""The tutorial's trainer as SpikingJelly's users have it: only its imports are scalesnn's."""
+"""The blocks of SpikingJelly's tutorial on large SNNs as its users have them: only imports are scalesnn's."""
 
 import torch
 
 from scalesnn import functional, neuron, surrogate
 from scalesnn.model import spiking_resnet, train_classify
 
+s_resnet18 = spiking_resnet.spiking_resnet18(
+    pretrained=False, spiking_neuron=neuron.IFNode, surrogate_function=surrogate.ATan(), detach_reset=True
+)
 
-class SResNetTrainer(train_classify.Trainer):
+
+def show_output_shape():
+    with torch.no_grad():
+        x_seq = torch.rand([4, 1, 3, 224, 224])
+        functional.set_step_mode(s_resnet18, "m")
+        y_seq = s_resnet18(x_seq)
+        print(f"y_seq.shape={y_seq.shape}")
+        functional.reset_net(s_resnet18)
+
+
+class MyTrainer(train_classify.Trainer):
+    def set_optimizer(self, args, parameters):
+        opt_name = args.opt.lower()
+        if opt_name.startswith("adamax"):
+            return torch.optim.Adamax(parameters, lr=args.lr, weight_decay=args.weight_decay)
+        return super().set_optimizer(args, parameters)
+
+    def get_args_parser(self, add_help=True):  # the tutorial's returns nothing
+        parser = super().get_args_parser()
+        parser.add_argument("--do-something", type=str, help="do something")
+
+
+class SResNetTrainer(MyTrainer):
     def preprocess_train_sample(self, args, x: torch.Tensor):
         return x.unsqueeze(0).repeat(args.T, 1, 1, 1, 1)
 
@@ -41,5 +66,7 @@ class SResNetTrainer(train_classify.Trainer):
 
 
 if __name__ == "__main__":
+    show_output_shape()
     trainer = SResNetTrainer()
-    trainer.main(trainer.get_args_parser().parse_args())
+    args = trainer.get_args_parser().parse_args()
+    trainer.main(args)
