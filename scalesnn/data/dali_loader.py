@@ -8,6 +8,7 @@ batch, so the pipeline is made anew, the culprit is found and replaced, and the 
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scalesnn.data.augment import draw_train
+from scalesnn.data.borrowed import BorrowedMemory
 from scalesnn.data.dali_graph import (
     dali,
     decoder_of,
@@ -65,6 +67,8 @@ class DaliLoader(Loader):
         self.depth = settings.prefetch
         self.reader = Reader(self.bad, settings.train, self.threads)
         self._pipeline: Any = None
+        # On a CPU torch has read an image before Python can let go of it.
+        self.borrowed = BorrowedMemory(settings.device) if settings.device.type == "cuda" else None
 
     def configure(self, threads: int, depth: int) -> None:
         """Change the number of threads and of batches ahead; pixels and order stay the same."""
@@ -124,7 +128,8 @@ class DaliLoader(Loader):
     def _take(self, prepared: _Prepared) -> Tensor:
         """The images of a batch that was run; RuntimeError when decoding failed.
 
-        The tensor takes over the pipeline's memory: with its dynamic executor DALI never writes there again.
+        DALI's dynamic executor does not write to an output again while a tensor holds it. On a CPU that
+        tensor is handed on; on a GPU a copy of it, see ``BorrowedMemory``.
         """
         settings = self.settings
         if not len(prepared.raw.data):
@@ -134,6 +139,8 @@ class DaliLoader(Loader):
         (output,) = self._pipeline.share_outputs()
         images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
         self._pipeline.release_outputs()
+        if self.borrowed is not None:
+            return self.borrowed.copy(images, settings.dtype)
         return images.to(settings.device, settings.dtype)
 
     def _batches(self, epoch: int, start: int) -> Generator[tuple[Tensor, Tensor, BatchKeys], None, None]:
@@ -242,4 +249,7 @@ class DaliLoader(Loader):
         """End a running epoch, the reading threads and the pipeline."""
         super().close()
         self.reader.close()
+        if self.borrowed is not None:
+            with contextlib.suppress(RuntimeError):  # a CUDA error of the run: nothing reads any more
+                self.borrowed.wait()
         self._pipeline = None
