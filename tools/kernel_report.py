@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scalesnn.kernels.source import surrogate_key, variant_source  # noqa: E402
+from scalesnn.kernels.source import surrogate_key, symbol, variant_source  # noqa: E402
 from scalesnn.surrogate import ATan  # noqa: E402
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -56,7 +56,10 @@ def compile_report(code: str, architecture: str) -> dict[str, tuple[int, int, in
         r".*?Used (\d+) registers"
     )
     found = re.findall(pattern, output, re.DOTALL)
-    return {name: (int(n), int(stores) + int(loads), int(stack)) for name, stack, stores, loads, n in found}
+    return {
+        name.removeprefix(symbol("")): (int(n), int(stores) + int(loads), int(stack))
+        for name, stack, stores, loads, n in found
+    }
 
 
 def resources() -> list[str]:

@@ -13,11 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scalesnn.doctor.findings import Report
 from scalesnn.parallel.topology import Topology
 
-__all__ = ["Settings", "look_at_this_machine"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Settings", "look_at_this_machine", "own_device", "time_of_work"]
 
 PACKAGES = {
     "torch": ("torch",),
@@ -136,6 +140,7 @@ def check_gpus(report: Report, topology: Topology, settings: Settings) -> None:
         report.add("GPUs", "warn", f"{count} GPUs visible, {topology.local_world_size} process(es) use them",
                    f"start {count} processes per node, or the others stay idle")  # fmt: skip
     index = topology.device_index(count)
+    torch.cuda.set_device(index)  # from here on everything that this rank tries is tried on its own GPU
     free, total = torch.cuda.mem_get_info(index)
     report.facts["GPUs"] = [torch.cuda.get_device_name(index), round(total / GIB), count]
     if free < 0.9 * total:
@@ -158,11 +163,11 @@ def check_kernels(report: Report, topology: Topology, settings: Settings) -> Non
     from scalesnn import functional, neuron
     from scalesnn.kernels import cpu, cuda
 
-    device = torch.device("cpu")
-    problem = None if cpu.available() else "the CPU kernels do not build"
-    if torch.cuda.is_available():
-        device = torch.device("cuda", topology.device_index(torch.cuda.device_count()))
+    device = own_device(topology)
+    if device.type == "cuda":
         problem = cuda.why_not()
+    else:
+        problem = None if cpu.available() else "the CPU kernels do not build"
     if problem:
         report.add("kernels", "warn", f"{problem}: plain torch will be used, several times slower",
                    "install the tested versions (make), and a C++ compiler")  # fmt: skip
@@ -271,13 +276,25 @@ def check_hostfile(report: Report, topology: Topology, settings: Settings) -> No
                        "start sshd there (a port of your own belongs into ~/.ssh/config)")  # fmt: skip
 
 
-def time_of_work(seconds: float = 0.3) -> float:
-    """Seconds that this rank's device takes for a fixed piece of computing: a median over ``seconds``."""
+def own_device(topology: Topology) -> torch.device:
+    """The GPU of this rank, or the CPU where torch sees no GPU.
+
+    Raises:
+        UserError: more processes than GPUs on this node.
+    """
     import torch
 
-    cuda = torch.cuda.is_available()
-    size = 4096 if cuda else 512
-    a = torch.randn(size, size, device="cuda" if cuda else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", topology.device_index(torch.cuda.device_count()))
+
+
+def time_of_work(device: torch.device, seconds: float = 0.3) -> float:
+    """Seconds that ``device`` takes for a fixed piece of computing: a median over ``seconds``."""
+    import torch
+
+    size = 4096 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device)
     times: list[float] = []
     (a @ a).sum().item()
     end = time.monotonic() + seconds

@@ -21,7 +21,7 @@ from typing import Any
 
 from scalesnn.doctor.compare import compare
 from scalesnn.doctor.findings import Finding, Report, exit_code
-from scalesnn.doctor.local import Settings, time_of_work
+from scalesnn.doctor.local import Settings, own_device, time_of_work
 from scalesnn.parallel.topology import Topology
 from scalesnn.training.hang_watch import short_list
 
@@ -220,10 +220,15 @@ def try_ports(report: Report, topology: Topology, settings: Settings, store: Any
 
 
 def measure_network(report: Report, topology: Topology, settings: Settings, store: Any) -> None:
-    """Time a piece of work on each rank, and an all-reduce of each pair of nodes on their first ranks."""
-    report.facts["work"] = time_of_work()
-    report.done.append("speed")
-    blocked = any(finding.check == "ports" for finding in report.findings)
+    """Time a piece of work on each rank, and an all-reduce of each pair of nodes on their first ranks.
+
+    Nothing is measured on a rank that has no GPU to itself, and no network where one rank has a fault.
+    """
+    faults = {finding.check for finding in report.findings if finding.status == "fail"}
+    if "GPUs" not in faults:
+        report.facts["work"] = time_of_work(own_device(topology))
+        report.done.append("speed")
+    blocked = bool(faults & {"ports", "GPUs"})
     store.set(f"blocked/{topology.rank}", "1" if blocked else "0")
     keys = [f"blocked/{rank}" for rank in range(topology.world_size)]
     store.wait(keys, timedelta(seconds=settings.timeout))
@@ -243,16 +248,16 @@ def measure_pairs(topology: Topology, settings: Settings, store: Any) -> dict[st
     import torch
     import torch.distributed as dist
 
-    cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", topology.device_index(torch.cuda.device_count()))
-        torch.cuda.set_device(device)
+    device = own_device(topology)
     ours = not dist.is_initialized()
+    if not ours and "nccl" not in dist.get_backend_config():
+        device = torch.device("cpu")  # a run with --device cpu on a machine with GPUs
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if ours:
         topology.export_environment()
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", store),
             rank=topology.rank,
             world_size=topology.world_size,
@@ -261,6 +266,9 @@ def measure_pairs(topology: Topology, settings: Settings, store: Any) -> dict[st
     try:
         count = max(1, int(settings.megabytes * 1e6 / 4))
         small, large = torch.ones(1, device=device), torch.ones(count, device=device)
+        dist.all_reduce(
+            small.clone()
+        )  # NCCL wants all ranks in a group's first call, also those without a pair
         node_of = {node: node * topology.local_world_size for node in range(topology.nodes)}
         found: dict[str, tuple[float, float]] = {}
         for pairs in tournament(topology.nodes):

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from scalesnn.kernels.build import BUILD_ERRORS, HAS_COMPILER, cache_folder, reason, shared_library
-from scalesnn.kernels.source import SCALARS, fields, scalar_of, source, surrogate_macros
+from scalesnn.kernels.source import SCALARS, fields, scalar_of, source, surrogate_macros, symbol
 
 __all__ = ["HAS_COMPILER", "available", "cache_folder", "call", "library"]
 
@@ -51,7 +51,7 @@ def library(surrogate: str | None) -> ctypes.CDLL:
     code = (surrogate_macros(surrogate) if surrogate is not None else "") + source()
     loaded = shared_library("neuron", code, FLAGS)
     for name in FUNCTIONS if surrogate is None else ("backward",):
-        function = getattr(loaded, name)
+        function = getattr(loaded, symbol(name))
         function.argtypes = [ctypes.c_int, ctypes.c_int, *(TYPES[kind] for _, kind in fields())]
         function.restype = None
     return loaded
@@ -60,4 +60,4 @@ def library(surrogate: str | None) -> ctypes.CDLL:
 def call(name: str, dtype: torch.dtype, surrogate: str | None, values: list[int | float | None]) -> None:
     """Run a kernel on CPU memory; ``values`` are its arguments, in the order of ``source.fields()``."""
     kind = list(SCALARS.values()).index(scalar_of(dtype))
-    getattr(library(surrogate), name)(kind, torch.get_num_threads(), *values)
+    getattr(library(surrogate), symbol(name))(kind, torch.get_num_threads(), *values)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalesnn.kernels.source import STEPS, fields, variant_source
+from scalesnn.kernels.source import STEPS, fields, symbol, variant_source
 
 __all__ = ["HAS_CUPY", "OPTIONS", "THREADS", "available", "call", "launch_grid", "slabs_for", "variant_of"]
 
@@ -41,7 +41,7 @@ def _function(name: str, device: int, variant: tuple[Any, ...]) -> Any:
     import cupy
 
     with cupy.cuda.Device(device):
-        return _module(device, variant).get_function(name)
+        return _module(device, variant).get_function(symbol(name))
 
 
 @cache

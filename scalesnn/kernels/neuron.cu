@@ -377,7 +377,8 @@ DEVICE void unpack_tile(const Unit& u, i64 i, int n) {
 
 #if GPU
 // ------------------------------------------------------------------------------------------------ GPU drivers
-#define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, 2) name(int unused FIELDS(AS_PARAMETER))
+#define KERNEL(name) \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) scalesnn_##name(int unused FIELDS(AS_PARAMETER))
 #ifdef VARIANT  // what is known when the module is compiled; the branches on it vanish
 #define MAKE_UNIT                                                                                                   \
     Unit u = {unused FIELDS(AS_VALUE)};                                                                             \
@@ -593,7 +594,7 @@ static void unpack_cpu(const Unit& u, int threads) {
 
 // Entry points: `type` is 0 float, 1 double, 2 bfloat16, 3 half.
 #define ENTRY(name)                                                                \
-    extern "C" void name(int type, int threads FIELDS(AS_PARAMETER)) {             \
+    extern "C" void scalesnn_##name(int type, int threads FIELDS(AS_PARAMETER)) {  \
         const Unit u = {0 FIELDS(AS_VALUE)};                                       \
         if (type == 0) name##_cpu<float>(u, threads);                              \
         else if (type == 1) name##_cpu<double>(u, threads);                        \

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["IDENTITY", "SCALARS", "STEPS", "fields", "scalar_of", "source", "surrogate_key", "variant_source"]
+__all__ = [
+    "IDENTITY",
+    "SCALARS",
+    "STEPS",
+    "fields",
+    "scalar_of",
+    "source",
+    "surrogate_key",
+    "symbol",
+    "variant_source",
+]
 
 IDENTITY = "|real(1)"  # the key of the surrogate whose derivative is 1
 STEPS = 32  # charges that the backward sweep holds at a time; longer sequences go in chunks of this many
@@ -23,6 +33,11 @@ def source() -> str:
     does)."""
     path = os.environ.get("SCALESNN_KERNEL_SOURCE") or Path(__file__).parent / "neuron.cu"
     return Path(path).read_text(encoding="utf-8")
+
+
+def symbol(name: str) -> str:
+    """The name that a kernel has in both builds, and in a profiler's list: scalesnn_NAME."""
+    return f"scalesnn_{name}"
 
 
 @cache

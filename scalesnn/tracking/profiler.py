@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 __all__ = ["DATA_SPAN", "StepProfiler", "profiler_enabled", "shares_of", "top_operators"]
 
 DATA_SPAN = "scalesnn: waiting for data"
 _GROUPS = (  # the first that matches an operator's or a kernel's name
     ("communication", "nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|broadcast_|barrier"),
+    ("normalisation", "batch_?norm|group_?norm|bn_(fw|bw)"),
     ("convolution", "conv|cudnn|implicit_?gemm|xmma|fprop|dgrad|wgrad|winograd|cutlass"),
     ("neuron kernels", "scalesnn(::|_)|neuron|spike|surrogate"),
-    ("normalisation", "batch_?norm|group_?norm|bn_(fw|bw)"),
 )
 
 
@@ -102,11 +103,13 @@ class StepProfiler:
 
 
 def top_operators(averages: Iterable[Any], cuda: bool, most: int = 10) -> list[str]:
-    """The ``most`` costliest operators by their own time, a line each: milliseconds, share, calls, name."""
-    rows = [(_own_us(event, cuda), event.count, event.key) for event in averages if not _is_span(event)]
+    """The ``most`` costliest kernels (CUDA) or operators (CPU) by their own time, a line each: milliseconds,
+    share, calls, name.
+    """
+    rows = [(_own_us(event, cuda), event.count, event.key) for event in averages if _counts(event, cuda)]
     total = sum(row[0] for row in rows) or 1.0
     rows.sort(reverse=True)
-    head = f"{'ms':>10}{'share':>8}{'calls':>8}  operator"
+    head = f"{'ms':>10}{'share':>8}{'calls':>8}  {'kernel' if cuda else 'operator'}"
     lines = [
         f"{us / 1e3:>10.2f}{100 * us / total:>7.1f}%{calls:>8}  {key[:70]}" for us, calls, key in rows[:most]
     ]
@@ -114,15 +117,15 @@ def top_operators(averages: Iterable[Any], cuda: bool, most: int = 10) -> list[s
 
 
 def shares_of(averages: Iterable[Any], wall_s: float, cuda: bool) -> dict[str, float]:
-    """How the recorded time divides: the wait for data as a share of the wall clock, the rest by operators'
-    own time, scaled to what remains.
+    """How the recorded time divides: the wait for data as a share of the wall clock, the rest by the own time
+    of kernels (CUDA) or operators (CPU), scaled to what remains.
     """
     own = dict.fromkeys([name for name, _ in _GROUPS] + ["other"], 0.0)
     data_us = 0.0
     for event in averages:
         if event.key == DATA_SPAN:
-            data_us = float(event.cpu_time_total)
-        elif not _is_span(event):
+            data_us += float(event.cpu_time_total)  # the span has a second entry, of the GPU, with 0
+        elif _counts(event, cuda):
             group = next((name for name, part in _GROUPS if re.search(part, event.key, re.I)), "other")
             own[group] += _own_us(event, cuda)
     data = min(1.0, data_us / 1e6 / wall_s) if wall_s else 0.0
@@ -134,6 +137,12 @@ def _own_us(event: Any, cuda: bool) -> float:
     return float(event.self_device_time_total if cuda else event.self_cpu_time_total)
 
 
-def _is_span(event: Any) -> bool:
-    """Whether this is no operator but a stretch that is marked in the trace."""
-    return event.key.startswith(("scalesnn: ", "ProfilerStep", "autograd::engine::evaluate_function"))
+def _counts(event: Any, cuda: bool) -> bool:
+    """Whether an entry's own time is part of the whole.
+
+    On CUDA an operator's own time is that of its kernels, which have entries of their own: only those count.
+    Stretches that are only marked (steps, phases, NCCL's calls) do not count.
+    """
+    if cuda and (event.device_type == DeviceType.CPU or event.is_user_annotation):
+        return False
+    return not event.key.startswith(("scalesnn: ", "ProfilerStep", "autograd::engine::evaluate_function"))

@@ -120,7 +120,8 @@ class StepTimer:
         for name, start, end in self._pairs:
             end.synchronize()
             seconds[name] = seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
-            self._spare += [start, end]
+        # An event may stand in two pairs: backward and communication end together. It is used again once.
+        self._spare += {id(event): event for _, *pair in self._pairs for event in pair}.values()
         if "communication" in seconds and "backward" in seconds:
             seconds["backward"] -= seconds["communication"]
         batches, images, wall = self._batches, self._images * self.world_size, self._wall
@@ -198,6 +199,8 @@ class _Phase(AbstractContextManager[None]):
     ) -> None:
         if kind is None:
             self._timer._add(self._name, self._start)
+        else:
+            self._timer._gradient_end = None  # of a backward pass that broke off
         self._span.__exit__(kind, error, trace)
 
 

@@ -24,7 +24,7 @@ def compile_shim(code: str, folder: Path) -> ctypes.CDLL:
     here = Path(__file__).parent
     launchers = "".join(
         f'extern "C" void launch_{name}(int columns, int rows FIELDS(AS_PARAMETER)) {{\n'
-        f"    shim::run_grid(columns, rows, THREADS, [&] {{ {name}(0 FIELDS(AS_VALUE)); }});\n}}\n"
+        f"    shim::run_grid(columns, rows, THREADS, [&] {{ scalesnn_{name}(0 FIELDS(AS_VALUE)); }});\n}}\n"
         for name in (("backward",) if "#define SURROGATE " in code else KERNELS)
     )
     text = f'#include "{here / "cuda_shim.h"}"\n' + code + launchers

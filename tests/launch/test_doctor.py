@@ -108,6 +108,38 @@ def test_fault_more_processes_than_gpus(monkeypatch):
     assert (finding.status, finding.what) == ("fail", "8 processes, 4 GPU(s) visible")
 
 
+def test_a_rank_looks_at_its_own_gpu(monkeypatch):
+    chosen, timed = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(together, "time_of_work", lambda device: timed.append(device) or 0.1)
+    third = Topology(local_rank=2, rank=2, local_world_size=4, world_size=4, source="torchrun")
+    report = examine_one(local.check_gpus, Settings(), third)
+    assert chosen == [2]
+    assert report.facts["GPUs"] == ["GPU 2", 80, 4]
+    store = HashStore()
+    for rank in range(4):
+        store.set(f"blocked/{rank}", "0")
+    together.measure_network(report, third, Settings(), store)
+    assert timed == [torch.device("cuda", 2)]
+
+
+def test_a_rank_without_a_gpu_of_its_own_measures_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    crowd = Topology(local_rank=6, rank=6, local_world_size=8, world_size=8, source="torchrun")
+    report = examine_one(local.check_gpus, Settings(), crowd)
+    store = HashStore()
+    for rank in range(8):
+        store.set(f"blocked/{rank}", "0")
+    together.measure_network(report, crowd, Settings(), store)
+    assert "work" not in report.facts
+    assert store.get("blocked/6") == b"1"
+
+
 def test_fault_too_few_open_files():
     program = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n"
     program += "from scalesnn.doctor import local; from scalesnn.doctor.findings import Report\n"
@@ -292,6 +324,40 @@ def test_two_healthy_ranks_have_no_findings(tmp_path, images):
     for check in ("ranks", "versions", "data", "output", "clock", "ports"):
         assert row(table, check)[1] == "ok"
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+LIKE_NCCL = """
+import sys, torch.distributed as dist
+from torch.distributed import TCPStore
+from scalesnn.doctor import together
+from scalesnn.doctor.local import Settings
+from scalesnn.parallel.topology import Topology
+
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+topology = Topology(nodes=2, node_rank=rank // 2, local_world_size=2, local_rank=rank % 2, rank=rank,
+                    world_size=4, master_port=port, source="torchrun")
+met, reduce, send = [], dist.all_reduce, dist.batch_isend_irecv
+dist.all_reduce = lambda *a, **k: (reduce(*a, **k), met.append(1))
+def pair(transfers):
+    assert met, "NCCL would hang: its first call is one that not all ranks make"
+    return send(transfers)
+dist.batch_isend_irecv = pair
+store = TCPStore("127.0.0.1", port, 4, is_master=rank == 0)
+found = together.measure_pairs(topology, Settings(megabytes=0.1, timeout=60), store)
+print(sorted(found))
+"""
+
+
+@pytest.mark.distributed
+def test_all_ranks_take_part_in_the_first_call_of_a_group():
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", LIKE_NCCL, str(rank), port], stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True, env=environ(OMP_NUM_THREADS="1"))
+        for rank in range(4)
+    ]  # fmt: skip
+    out = [process.communicate(timeout=100)[0] for process in ranks]
+    assert out == ["['1']\n", "[]\n", "['0']\n", "[]\n"], out
 
 
 @needs_unshare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalesnn import functional, layer, neuron
@@ -75,6 +77,76 @@ def test_communication_is_what_backward_does_after_the_last_gradient() -> None:
     record = timer.read()
     assert record["time/communication_s"] == pytest.approx(0.04, rel=0.4)
     assert record["time/backward_s"] == pytest.approx(0.02, rel=0.6)
+
+
+class GpuClock:
+    """Stands for a GPU's stream: events take the time that the test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = self
+        self.now, self.made = 0.0, 0
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+                clock.made += 1
+
+            def record(self) -> None:
+                self.at = clock.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at - self.at) * 1000
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 0)
+
+
+def test_events_are_used_again_only_once_they_have_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = GpuClock(monkeypatch)
+    model = nn.Linear(4, 4)
+    timer = StepTimer("cuda")
+    timer.watch_communication(model)
+    made = []
+    for reading in range(4):
+        for images, _ in timer.data(Batches(3, 0.0)):
+            with timer.phase("forward"):
+                gpu.now += 1
+            with timer.phase("backward"):
+                gpu.now += 2
+                model(images.flatten(1)[:, :4]).sum().backward()
+                gpu.now += 0.5
+            with timer.phase("optimizer"):
+                gpu.now += 0.25
+        record = timer.read()
+        phases = {
+            name: record[f"time/{name}_s"] for name in ("forward", "backward", "communication", "optimizer")
+        }
+        assert phases == pytest.approx(
+            {"forward": 1, "backward": 2, "communication": 0.5, "optimizer": 0.25}
+        ), f"reading {reading}"
+        made.append(gpu.made)
+    assert made == [made[0]] * 4
+
+
+def test_a_backward_pass_that_breaks_off_leaves_no_time_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = GpuClock(monkeypatch)
+    model = nn.Linear(4, 4)
+    timer = StepTimer("cuda")
+    timer.watch_communication(model)
+    for _ in timer.data(Batches(1, 0.0)):
+        with contextlib.suppress(RuntimeError), timer.phase("backward"):
+            model(torch.ones(1, 4)).sum().backward()
+            raise RuntimeError("out of memory")
+        gpu.now += 7
+        with timer.phase("backward"):  # no gradient of the first parameter in this one
+            gpu.now += 2
+    record = timer.read()
+    assert record["time/backward_s"] == pytest.approx(2)
+    assert "time/communication_s" not in record
 
 
 def test_utilisation_counts_the_flops_of_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,24 +241,36 @@ def test_without_profile_nothing_is_recorded(tmp_path: Path) -> None:
     assert not (tmp_path / "profile").exists()
 
 
-class Event:
-    def __init__(self, key: str, us: float, device_us: float = 0.0) -> None:
+class Entry:
+    """One of ``key_averages()``: of an operator, or of what ran on the GPU."""
+
+    def __init__(self, key: str, us: float, device_us: float = 0.0, mark: bool = False) -> None:
         self.key, self.count = key, 1
         self.self_cpu_time_total = self.cpu_time_total = us
         self.self_device_time_total = device_us
+        self.device_type = DeviceType.CPU if us else DeviceType.CUDA
+        self.is_user_annotation = mark
 
 
-def test_shares_put_operators_and_kernels_where_they_belong() -> None:
+def test_on_a_gpu_kernels_count_once_and_the_operators_that_launched_them_do_not() -> None:
+    """An operator's device time is that of its kernels, which have entries of their own."""
     events = [
-        Event("scalesnn::spike_conv2d", 10, 100),
-        Event("sm90_xmma_fprop_implicit_gemm_bf16", 0, 200),
-        Event("scalesnn::unit_backward", 10, 300),
-        Event("ncclDevKernel_AllReduce_Sum_bf16", 0, 100),
-        Event("cudnn_batch_norm", 0, 0),
-        Event("aten::batch_norm", 0, 50),
-        Event("aten::add", 5, 250),
-        Event("scalesnn: waiting for data", 1_000_000),
-        Event("ProfilerStep*", 9e6, 9e6),
+        Entry("aten::cudnn_convolution", 30, 300),
+        Entry("sm90_xmma_fprop_implicit_gemm_bf16", 0, 300),
+        Entry("scalesnn::unit", 10, 50),
+        Entry("scalesnn_forward", 0, 50),
+        Entry("scalesnn::unit_backward", 10, 250),
+        Entry("scalesnn_backward", 0, 200),
+        Entry("scalesnn_statistics", 0, 50),
+        Entry("nccl:all_reduce", 0, 100, mark=True),
+        Entry("ncclDevKernel_AllReduce_Sum_bf16", 0, 100),
+        Entry("aten::cudnn_batch_norm", 5, 50),
+        Entry("void cudnn::bn_fw_tr_1C11_kernel_NCHW", 0, 50),
+        Entry("aten::add", 5, 250),
+        Entry("void at::native::vectorized_elementwise_kernel", 0, 250),
+        Entry("scalesnn: waiting for data", 1_000_000),
+        Entry("scalesnn: waiting for data", 0, 77, mark=True),
+        Entry("ProfilerStep*", 9e6, 9e6),
     ]
     shares = shares_of(events, wall_s=5.0, cuda=True)
     assert shares["data"] == pytest.approx(0.2)
@@ -195,4 +279,15 @@ def test_shares_put_operators_and_kernels_where_they_belong() -> None:
     assert shares["communication"] == pytest.approx(0.8 * 0.1)
     assert shares["normalisation"] == pytest.approx(0.8 * 0.05)
     assert shares["other"] == pytest.approx(0.8 * 0.25)
-    assert "unit_backward" in top_operators(events, cuda=True)[1]
+    rows = top_operators(events, cuda=True)
+    assert "sm90_xmma" in rows[1]
+    assert not any("::unit" in row or "aten::" in row for row in rows)
+    own = [float(row.split()[0]) for row in rows[1:]]
+    assert sum(own) == pytest.approx(1.0)  # ms
+
+
+def test_on_a_cpu_operators_count() -> None:
+    events = [Entry("aten::mkldnn_convolution", 300), Entry("scalesnn::unit", 100), Entry("aten::add", 600)]
+    shares = shares_of(events, wall_s=1e-3, cuda=False)
+    assert shares["convolution"] == pytest.approx(0.3)
+    assert shares["neuron kernels"] == pytest.approx(0.1)
