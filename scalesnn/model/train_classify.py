@@ -50,6 +50,7 @@ from scalesnn.training.opening import (
 from scalesnn.training.optimizers import make_optimizer, make_scheduler
 from scalesnn.training.preemption import Preemption, add_preemption_arguments
 from scalesnn.training.rank_logs import RankLog
+from scalesnn.training.summary import introduce
 from scalesnn.training.user_data import as_data
 
 __all__ = ["Trainer", "set_deterministic"]
@@ -263,6 +264,7 @@ class Trainer:
             data = as_data(self.load_data(args), args, self.device)
             stack.callback(data.close)
             model, memory = build_model(self, args, data, strategy)
+            introduce(self, args, folder, data, model, strategy)
             strategy.prepare(
                 model,
                 lambda network: build_optimizer(self, args, network),

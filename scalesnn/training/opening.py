@@ -28,6 +28,7 @@ from scalesnn.training.metrics import Averages
 from scalesnn.training.optimizers import parameter_groups
 from scalesnn.training.preemption import Preemption, is_restart, job_run_name
 from scalesnn.training.run_folder import choose_folder, describe_run, write_config
+from scalesnn.training.summary import sample_shape
 
 if TYPE_CHECKING:
     from scalesnn.model.train_classify import Trainer
@@ -83,9 +84,7 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> t
     model = trainer.load_model(args, len(data.classes))
     if not isinstance(model, nn.Module):
         raise UserError(f"load_model must return the network, a torch.nn.Module, got {type(model).__name__}")
-    images = getattr(data, "sample_shape", (3, args.train_crop_size, args.train_crop_size))
-    shape = frames or images
-    probe = trainer.preprocess_train_sample(args, torch.zeros(1, *shape))
+    probe = trainer.preprocess_train_sample(args, torch.zeros(1, *sample_shape(args, data)))
     if probe.ndim == 5:
         functional.check_step_mode(model, "m")
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -169,7 +168,6 @@ def open_run(
             world_size=strategy.world_size,
             data_fingerprint=getattr(data, "fingerprint", None),
         )
-        print(strategy.module)
         if not args.test_only:
             write_config(folder, config)
             tracker = create_tracker(

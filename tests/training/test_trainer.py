@@ -44,6 +44,18 @@ def test_a_run_leaves_config_metrics_curves_and_checkpoints(unbroken):
     assert any((folder / "checkpoints").iterdir())
 
 
+def test_a_start_prints_a_summary_and_the_whole_net_goes_to_a_file(unbroken):
+    (folder,) = [p for p in unbroken.iterdir() if p.is_dir()]
+    printed = (unbroken / "stdout.txt").read_text().splitlines()
+    start = printed[: next(i for i, line in enumerate(printed) if line.startswith("epoch 1"))]
+    assert len(start) < 30
+    assert re.match(r" layer4 +512 × 1 × 1 +8,393,728 +[\d,]+ +[\d.]+ \w?i?B$", start[7])
+    facts = dict(line.split(maxsplit=1) for line in start if len(line.split()) > 1)
+    assert {"batch", "backend", "loader", "strategy", "devices", "precision"} <= set(facts)
+    assert facts["run"].startswith(str(folder))
+    assert "(conv1): Conv2d" in (folder / "model.txt").read_text()
+
+
 def test_killed_and_resumed_is_the_unbroken_run(unbroken, images, tmp_path):
     words = ["--data-path", images, "--output-dir", tmp_path, "--max-steps", 20, "--save-every", 5]
     process = subprocess.Popen(
