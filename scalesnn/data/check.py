@@ -15,6 +15,7 @@ from scalesnn.data.arguments import default_workers
 from scalesnn.data.frames import decode_frames
 from scalesnn.data.headers import BadImageError, decode_rgb, image_kind, image_size
 from scalesnn.data.index import ImageIndex
+from scalesnn.data.layout import find_layout
 from scalesnn.data.listing import BAD_LIST, is_frames, open_index
 
 __all__ = ["Finding", "add_check_command", "check_index", "write_list"]
@@ -98,7 +99,7 @@ def run_check(args: argparse.Namespace) -> int:
     root = Path(args.folder)
     if not root.is_dir():
         raise UserError(f"no folder {root}")
-    splits = [root / name for name in ("train", "val") if (root / name).is_dir()] or [root]
+    splits = find_layout(root).there or [root]
     target = Path(args.output) if args.output else root / BAD_LIST
     if not os.access(target.parent, os.W_OK):
         raise UserError(f"{target.parent} cannot be written to: name a file with --output")

@@ -1,7 +1,6 @@
 """Event-camera frames: arrays [T, C, H, W] in .npy or .npz files, so that T comes from the data.
 
-The layout is SpikingJelly's frames folder: CLASS/*.npz (with an array "frames") or CLASS/*.npy, below train/
-and val/.
+Files are CLASS/*.npz (with an array "frames") or CLASS/*.npy; see layout.py for the folders above them.
 Frames are used as they are: no resizing, no normalisation, no flip (gestures have a left and a right) and no
 policy; random erasing (the same rectangle at every time-step), mixup and CutMix apply.
 """
@@ -53,16 +52,20 @@ def decode_frames(data: bytes) -> np.ndarray:
 
 
 def frames_shape(index: ImageIndex) -> tuple[int, int, int, int]:
-    """T, C, H, W of the first array of ``index``.
+    """T, C, H, W of the first array of ``index`` that can be read.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: none can.
     """
-    try:
-        shape = decode_frames(index.read(0)).shape
-    except (OSError, BadImageError) as error:
-        raise UserError(f"{index.path(0)}: {error}") from error
-    return (shape[0], shape[1], shape[2], shape[3])
+    reason = "is empty"
+    for image in range(len(index)):
+        try:
+            shape = decode_frames(index.read(image)).shape
+        except (OSError, BadImageError) as error:
+            reason = f"holds no readable frames, the last {index.readable(image)}: {error}"
+            continue
+        return (shape[0], shape[1], shape[2], shape[3])
+    raise UserError(f"{index.root} {reason}")
 
 
 class FramesReader(Reader):

@@ -90,7 +90,10 @@ class ImageIndex:
 
     def without(self, bad: set[str]) -> ImageIndex:
         """The index without the images whose ``path`` is in ``bad``."""
-        keep = np.array([self.path(image) not in bad for image in range(len(self))], bool)
+        return self.select(np.array([self.path(image) not in bad for image in range(len(self))], bool))
+
+    def select(self, keep: np.ndarray) -> ImageIndex:
+        """The index of the images where ``keep`` (bool [N]) is true."""
         if keep.all():
             return self
         chosen = np.flatnonzero(keep)

@@ -18,6 +18,7 @@ from scalesnn.data.shards import CLASSES_FILE, find_shards, index_shards
 __all__ = [
     "BAD_LIST",
     "STORED_INDEX",
+    "holds_frames",
     "is_frames",
     "make_index",
     "open_index",
@@ -45,10 +46,15 @@ def make_index(root: Path, classes: list[str] | None = None) -> ImageIndex:
         found = find_shards(root)
         if found is not None:
             return index_shards(root, *found, classes)
-        folders = class_folders(root)
-        if folders and _first_extension(folders[0].path) in FRAME_EXTENSIONS:
+        if holds_frames(root):
             return index_folder(root, classes, FRAME_EXTENSIONS)
     return index_folder(root, classes, IMAGE_EXTENSIONS)
+
+
+def holds_frames(root: Path) -> bool:
+    """Whether the class folders of ``root`` hold arrays of event frames."""
+    extensions = (_first_extension(entry.path) for entry in class_folders(root)) if root.is_dir() else ()
+    return next((extension for extension in extensions if extension), "") in FRAME_EXTENSIONS
 
 
 def _first_extension(folder: str) -> str:

@@ -16,7 +16,8 @@ from scalesnn.data.arguments import default_workers
 from scalesnn.data.augment import Recipe
 from scalesnn.data.frames import FramesLoader, frames_shape
 from scalesnn.data.index import ImageIndex
-from scalesnn.data.listing import BAD_LIST, is_frames, open_index, read_bad_list
+from scalesnn.data.layout import find_layout, open_splits
+from scalesnn.data.listing import BAD_LIST, is_frames, read_bad_list
 from scalesnn.data.loader import Loader, LoaderSettings
 from scalesnn.data.mixing import Mixer
 from scalesnn.data.policies import stages_of
@@ -171,8 +172,9 @@ def _indexes(args: argparse.Namespace, root: Path, notices: list[str]) -> tuple[
         UserError: see open_index; or a list of bad images that cannot be read, must not be or leaves nothing.
     """
     cache = Path(getattr(args, "output_dir", None) or ".") / "data-index" if args.cache_dataset else None
-    train = open_index(root / "train", cache=cache)
-    val = open_index(root / "val", train.classes, cache)
+    layout = find_layout(root)
+    notices += layout.notices
+    train, val = open_splits(layout, cache)
     listed = Path(args.bad_image_list) if args.bad_image_list else root / BAD_LIST
     if not args.bad_image_list and not listed.is_file():
         return train, val

@@ -15,6 +15,7 @@ import numpy as np
 
 from scalesnn.base import UserError
 from scalesnn.data.index import ImageIndex
+from scalesnn.data.layout import find_layout
 from scalesnn.data.listing import STORED_INDEX, is_frames, make_index, store_index
 from scalesnn.data.sampling import random_permutation
 from scalesnn.data.shards import CLASSES_FILE
@@ -76,12 +77,14 @@ def pack_split(index: ImageIndex, target: Path, shard_bytes: int, progress: bool
 
 
 def _splits(root: Path) -> list[Path]:
-    """DIR/train and DIR/val, those that are there.
+    """The folders of the splits, those that are there.
 
     Raises:
         UserError: neither is.
     """
-    splits = [root / name for name in ("train", "val") if (root / name).is_dir()]
+    if not root.is_dir():
+        raise UserError(f"no folder {root}")
+    splits = find_layout(root).there
     if not splits:
         raise UserError(f"{root} has neither a folder train nor a folder val")
     return splits

@@ -16,7 +16,8 @@ import numpy as np
 
 from scalesnn.base import UserError
 from scalesnn.data.index import ImageIndex
-from scalesnn.data.listing import BAD_LIST, open_index, read_bad_list
+from scalesnn.data.layout import find_layout, open_splits
+from scalesnn.data.listing import BAD_LIST, read_bad_list
 
 __all__ = ["SUBSET_LIST", "add_subset_command", "choose_classes", "choose_images", "make_subset"]
 
@@ -90,20 +91,21 @@ def make_subset(
     parts = {
         split: [name for name in part if name.split("/", 1)[0] in kept] for split, part in chosen.items()
     }
-    names = [f"{split}/{name}" for split, part in parts.items() for name in part]
+    folders = {"train": train.root, "val": val.root}
+    files = {f"{split}/{name}": folders[split] / name for split, part in parts.items() for name in part}
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        copied = _link(source, partial, names, quiet)
+        copied = _link(files, partial, source, quiet)
         title = f"# {fraction} of each class of {source.resolve()}, seed {seed}, {len(kept)} classes\n"
         (partial / SUBSET_LIST).write_text(
-            title + "\n".join(names) + "\n", encoding="utf-8", errors="surrogateescape"
+            title + "\n".join(files) + "\n", encoding="utf-8", errors="surrogateescape"
         )
         partial.rename(target)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {error.strerror or error}; nothing was made") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    how = f"{len(names) - copied} hard links"
+    how = f"{len(files) - copied} hard links"
     if copied:
         how += f", {copied} copies, because links from there to {target} are not possible"
     return (
@@ -114,8 +116,7 @@ def make_subset(
 
 def _class_folders(source: Path) -> tuple[ImageIndex, ImageIndex]:
     """Training and validation images of class folders, without those that a list names as bad."""
-    train = open_index(source / "train")
-    val = open_index(source / "val", train.classes)
+    train, val = open_splits(find_layout(source))
     if train.shard is not None or val.shard is not None:
         raise UserError(f"{source} holds shards: subset links single files, from folders train/CLASS")
     listed = source / BAD_LIST
@@ -125,21 +126,21 @@ def _class_folders(source: Path) -> tuple[ImageIndex, ImageIndex]:
     return train, val
 
 
-def _link(source: Path, target: Path, names: list[str], quiet: bool) -> int:
-    """Link ``names`` from ``source`` to ``target``, or copy them; returns how many were copied."""
+def _link(files: dict[str, Path], target: Path, source: Path, quiet: bool) -> int:
+    """Link, or copy, each of ``files`` to its name below ``target``; returns how many were copied."""
     from rich.progress import track
 
-    for folder in {os.path.dirname(name) for name in names}:
+    for folder in {os.path.dirname(name) for name in files}:
         (target / folder).mkdir(parents=True, exist_ok=True)
 
     def link(name: str) -> bool:
         # A relative link in the source would lead nowhere from the target: link the file itself.
-        file, made = os.path.realpath(source / name), target / name
+        file, made = os.path.realpath(files[name]), target / name
         try:
             os.link(file, made)
         except FileNotFoundError as error:
             raise UserError(
-                f"{source / name} is gone, or a link that leads nowhere: `scalesnn data check {source}` "
+                f"{files[name]} is gone, or a link that leads nowhere: `scalesnn data check {source}` "
                 "lists such files, and subset then leaves them out"
             ) from error
         except OSError:  # another file system, one without hard links, or somebody else's files
@@ -149,7 +150,7 @@ def _link(source: Path, target: Path, names: list[str], quiet: bool) -> int:
 
     pool = ThreadPoolExecutor(16)
     try:
-        return sum(track(pool.map(link, names), "linking", total=len(names), disable=quiet))
+        return sum(track(pool.map(link, files), "linking", total=len(files), disable=quiet))
     finally:
         pool.shutdown(cancel_futures=True)  # an interruption does not wait for what has not begun
 

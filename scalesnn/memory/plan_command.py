@@ -36,6 +36,7 @@ def add_plan_command(subparsers: Any) -> None:
     parser.add_argument("--T", type=int, default=4, help="time-steps")
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="per device")
     parser.add_argument("--size", type=int, default=224, help="of the images")
+    parser.add_argument("--in-channels", type=int, default=3, metavar="N", help="2 for event frames (3)")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--gpu-memory", default="80GiB", help="of one device, such as 80GiB")
     parser.add_argument("--strategy", default="single", choices=STRATEGIES)
@@ -70,11 +71,12 @@ def planner_of_command(args: argparse.Namespace) -> Planner:
             spiking_neuron=NEURONS[args.neuron],
             surrogate_function=surrogate.ATan(),
             detach_reset=True,
+            in_channels=args.in_channels,
         )
     functional.set_step_mode(model, "m")
     return Planner(
         model,
-        (args.T, args.batch_size, 3, args.size, args.size),
+        (args.T, args.batch_size, args.in_channels, args.size, args.size),
         bytes_of(args.gpu_memory, "--gpu-memory"),
         strategy=args.strategy,
         world_size=args.world_size,
@@ -117,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     known = makers()
     if args.model not in known:
         raise UserError(f"unknown --model {args.model!r}: one of {', '.join(known)}")
-    for flag in ("T", "batch_size", "size", "world_size", "classes"):
+    for flag in ("T", "batch_size", "size", "in_channels", "world_size", "classes"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     budget = bytes_of(args.gpu_memory, "--gpu-memory")

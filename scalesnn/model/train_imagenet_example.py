@@ -59,6 +59,12 @@ class SResNetTrainer(Trainer):
         parser = super().get_args_parser(add_help)
         group = parser.add_argument_group("spiking")
         group.add_argument("--T", type=int, default=4, metavar="N", help="time-steps")
+        group.add_argument(
+            "--in-channels",
+            type=int,
+            metavar="N",
+            help="channels of the images or frames (default: the data's)",
+        )
         group.add_argument("--cupy", action="store_true", help="insist on the CuPy kernels (needs a GPU)")
         group.add_argument("--neuron", default="IF", metavar="NAME", help=", ".join(NEURONS))
         group.add_argument("--tau", type=float, default=2.0, help="time constant of LIF, initial one of PLIF")
@@ -121,6 +127,7 @@ def build_model(args: Any, num_classes: int) -> nn.Module:
         "spiking_neuron": NEURONS[args.neuron],
         "surrogate_function": surrogates()[args.surrogate](),
         "detach_reset": True,
+        "in_channels": args.in_channels or 3,
     }
     if args.neuron != "IF":
         settings["tau" if args.neuron == "LIF" else "init_tau"] = args.tau

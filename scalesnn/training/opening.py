@@ -77,14 +77,23 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> t
             than the first convolution takes.
     """
     frames = getattr(data, "frames_shape", None)  # [T, C, H, W] of event frames
+    shape = sample_shape(args, data)
     if frames is not None and hasattr(args, "T"):
         if "T" in getattr(args, "explicit", ()) and frames[0] != args.T:
             raise UserError(f"--T {args.T}, but the frames have {frames[0]} time-steps: leave --T out")
         args.T = frames[0]
+    if hasattr(args, "in_channels"):
+        if args.in_channels not in (None, shape[-3]):
+            what = "event frames" if frames else "images"
+            raise UserError(
+                f"--in-channels {args.in_channels}, but the data are {what} of {shape[-3]} channels: "
+                "leave --in-channels out"
+            )
+        args.in_channels = shape[-3]
     model = trainer.load_model(args, len(data.classes))
     if not isinstance(model, nn.Module):
         raise UserError(f"load_model must return the network, a torch.nn.Module, got {type(model).__name__}")
-    probe = trainer.preprocess_train_sample(args, torch.zeros(1, *sample_shape(args, data)))
+    probe = trainer.preprocess_train_sample(args, torch.zeros(1, *shape))
     if probe.ndim == 5:
         functional.check_step_mode(model, "m")
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)

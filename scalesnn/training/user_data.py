@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
+from torchvision.tv_tensors import Video
 
 from scalesnn.base import UserError
 from scalesnn.data import default_workers
+from scalesnn.training.random_state import random_state, restore_random_state
 
 __all__ = ["DatasetLoader", "UserData", "as_data"]
 
@@ -60,8 +62,13 @@ class UserData:
     train: DatasetLoader
     val: DatasetLoader
     classes: list[str]
-    sample_shape: tuple[int, ...]  # of one image, [C, H, W]
+    sample_shape: tuple[int, ...]  # [C, H, W], or [T, C, H, W] of event frames
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def frames_shape(self) -> tuple[int, ...] | None:
+        """T, C, H, W where the samples are event frames; None for images."""
+        return self.sample_shape if len(self.sample_shape) == 4 else None
 
     def close(self) -> None:
         """Nothing to close."""
@@ -91,7 +98,7 @@ def as_data(loaded: Any, args: Any, device: torch.device) -> Any:
         dataset, sampler=train_sampler, collate_fn=Mixing(args, len(classes)), drop_last=True, **common
     )
     val = DataLoader(dataset_test, sampler=test_sampler, **common)
-    shape = tuple(dataset[0][0].shape)
+    shape = shape_of_first(dataset)
     return UserData(DatasetLoader(train, device), DatasetLoader(val, device), classes, shape)
 
 
@@ -111,6 +118,15 @@ def classes_of(dataset: Any) -> list[str]:
     return [str(name) for name in dataset.classes]
 
 
+def shape_of_first(dataset: Any) -> tuple[int, ...]:
+    """The shape of the first sample; random generators stay as they were."""
+    state = random_state()
+    try:
+        return tuple(dataset[0][0].shape)
+    finally:
+        restore_random_state(state)
+
+
 class Mixing:
     """Collate a batch; mixup or cutmix it where the flags ask for it."""
 
@@ -123,6 +139,11 @@ class Mixing:
         self.mix = v2.RandomChoice(choices) if choices else None
 
     def __call__(self, samples: list[Any]) -> Any:
-        """(images [n, 3, H, W], targets [n] or [n, classes])."""
-        batch = default_collate(samples)
-        return self.mix(*batch) if self.mix is not None else batch
+        """(images [n, C, H, W] or [n, T, C, H, W], targets [n] or [n, classes])."""
+        images, targets = default_collate(samples)
+        if self.mix is None:
+            return images, targets
+        if images.ndim == 5:  # [n, T, C, H, W]: alike at every time-step
+            images, targets = self.mix(Video(images), targets)
+            return images.as_subclass(Tensor), targets
+        return self.mix(images, targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import io
 import json
 import struct
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import DatasetFolder
 
 from scalesnn.base import UserError
 from scalesnn.data.commands import add_data_command
+from scalesnn.data.layout import find_layout, open_splits
 from scalesnn.data.listing import STORED_INDEX, open_index
 
 PLAIN = ("--mixup-alpha", "0", "--cutmix-alpha", "0")
@@ -300,3 +303,38 @@ def test_bad_frames_are_replaced(damage: str, frames: Path, open_loaders: Any) -
     assert sum(len(images) for images, _ in data.train.epoch(0)) == 21
     assert [data.train.index.names[image] for image in data.train.bad.reasons] == ["gesture_1/7.npy"]
     assert command("check", str(frames), "--quiet") == (0 if damage == "shape" else 1)
+
+
+def test_unsplit_frames_are_split_as_spikingjelly_does_it(tmp_path: Path) -> None:
+    # spikingjelly.datasets itself imports torchaudio, which need not fit the torch that is here
+    found = importlib.util.find_spec("spikingjelly")
+    if found is None or found.origin is None:
+        pytest.skip("spikingjelly is not installed")
+    source = Path(found.origin).parent / "datasets" / "utils.py"
+    spec = importlib.util.spec_from_file_location("spikingjelly.no_datasets.utils", source)
+    assert spec is not None
+    assert spec.loader is not None
+    utils = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(utils)
+    for name, count in (("a", 10), ("b", 25), ("c", 41)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            np.savez(tmp_path / name / f"{name}_{number}.npz", frames=np.zeros((1, 2, 4, 4), np.uint8))
+    theirs = DatasetFolder(str(tmp_path), loader=lambda path: path, extensions=(".npz",))
+    expected = utils.split_to_train_test_set(0.9, theirs, 3)
+    for index, subset in zip(open_splits(find_layout(tmp_path)), expected, strict=True):
+        assert [index.path(image) for image in range(len(index))] == [
+            subset[i][0] for i in range(len(subset))
+        ]
+    assert command("check", str(tmp_path), "--quiet") == 0
+    assert command("index", str(tmp_path)) == 0
+
+
+def test_the_shape_comes_from_the_first_frames_that_can_be_read(frames: Path, open_loaders: Any) -> None:
+    (frames / "train" / "gesture_0" / "0.npz").write_bytes(b"")
+    data = open_loaders(frames, *PLAIN, batch_size=3)
+    assert data.frames_shape == (5, 2, 12, 10)
+    for file in (frames / "train").glob("*/*"):
+        file.write_bytes(b"no array")
+    with pytest.raises(UserError, match=r"no readable frames, the last .*gesture_1"):
+        open_loaders(frames, *PLAIN)

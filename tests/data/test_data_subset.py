@@ -185,7 +185,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     source = tmp_path / "images"
     for split in ("train", "val"):
         (source / split / "ant").mkdir(parents=True)
-        for number in range(40_000 if split == "train" else 1):
+        for number in range(20_000 if split == "train" else 1):
             (source / split / "ant" / f"{number}.jpg").touch()
     line = [sys.executable, "-m", "scalesnn.cli", "data", "subset", str(source), str(tmp_path / "small")]
     process = subprocess.Popen([*line, "--fraction", "1"], stderr=subprocess.PIPE, text=True)
