@@ -11,9 +11,9 @@ from small_runs import SMALL
 from scalesnn.model.train_imagenet_example import SResNetTrainer
 
 
-def refused(capsys, *words):
+def refused(capsys, *words, trainer_class=SResNetTrainer):
     """Run the trainer in this process; return the one line that it ends with."""
-    trainer = SResNetTrainer()
+    trainer = trainer_class()
     with pytest.raises(SystemExit) as stopped:
         trainer.main(trainer.get_args_parser().parse_args([*SMALL, *map(str, words)]))
     assert stopped.value.code == 2
@@ -122,7 +122,12 @@ def test_event_frames_for_a_net_of_images_are_refused_with_the_channels(capsys, 
             folder.mkdir(parents=True)
             for i in range(4):
                 np.save(folder / f"{i}.npy", np.ones((5, 2, 24, 24), np.uint8))
-    text = refused(capsys, "--output-dir", tmp_path / "runs", "--data-path", tmp_path / "frames")
-    assert "--T 2, but the frames have 5 time-steps" in text
-    text = refused(capsys, "--output-dir", tmp_path / "runs", "--data-path", tmp_path / "frames", "--T", 5)
-    assert "the data has 2 channels" in text
+
+    class OfImages(SResNetTrainer):
+        def load_model(self, args, num_classes):
+            args.in_channels = 3
+            return super().load_model(args, num_classes)
+
+    words = ["--output-dir", tmp_path / "runs", "--data-path", tmp_path / "frames"]
+    assert "--T 2, but the frames have 5 time-steps" in refused(capsys, *words)
+    assert "the data has 2 channels" in refused(capsys, *words, "--T", 5, trainer_class=OfImages)
