@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from scalesnn.base import UserError
 from scalesnn.parallel.strategy import MakeOptimizer, MakeScheduler, StepResult, Strategy
 from scalesnn.parallel.topology import Topology
 
-__all__ = ["FSDPConfig", "FSDPStrategy", "residual_blocks"]
+__all__ = ["FSDPConfig", "FSDPStrategy", "cast_inputs", "residual_blocks"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -145,7 +146,8 @@ class FSDPStrategy(Strategy):
         reduce_dtype: torch.dtype | None = DTYPES[self.config.reduce_dtype]
         if self.param_dtype is None and reduce_dtype == torch.float32:
             reduce_dtype = None  # as the gradients are
-        policy = MixedPrecisionPolicy(param_dtype=self.param_dtype, reduce_dtype=reduce_dtype)
+        # FSDP's own cast of inputs would write a repeated image out T times: see cast_inputs
+        policy = MixedPrecisionPolicy(self.param_dtype, reduce_dtype, cast_forward_inputs=False)
         full = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
         common: dict[str, Any] = {
             "mesh": self._mesh(),
@@ -160,6 +162,8 @@ class FSDPStrategy(Strategy):
                 if norms:
                     fully_shard(norms, mp_policy=full, **common)
             fully_shard(block, mp_policy=policy, **common)
+            if self.param_dtype is not None:
+                block.register_forward_pre_hook(partial(cast_inputs, self.param_dtype), with_kwargs=True)
         self._names = {p: name for name, p in self.module.named_parameters()}
         self.model = self.module
         self.optimizer = make_optimizer(self.module)
@@ -222,6 +226,27 @@ class FSDPStrategy(Strategy):
             if self.is_main:
                 state[name] = whole.detach().cpu().clone()
         return state
+
+
+def cast_inputs(
+    dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook: the floating-point tensors among a module's arguments in ``dtype``.
+
+    A dimension that repeats one value (stride 0, as ``functional.repeat_over_time`` makes it) still does, so
+    that the stem sees one image and not T copies of it.
+    """
+
+    def cast(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == dtype:
+            return x
+        once = x
+        for dimension, stride in enumerate(x.stride()):
+            if stride == 0 and x.shape[dimension] > 1:
+                once = once.narrow(dimension, 0, 1)
+        return once.to(dtype).expand(x.shape)
+
+    return tuple(cast(x) for x in args), {name: cast(x) for name, x in kwargs.items()}
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:
