@@ -1,13 +1,17 @@
 # scalesnn: `make help` lists the targets. Everything runs from .venv, which is made on first use.
 SHELL := /bin/bash
 PYTHON ?= python3
-CUDA ?= 13
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed-cuda$(CUDA)
+INSTALLED := $(VENV)/.installed-cuda13
 # DeepSpeed's and our own run-time builds look for ninja on PATH, also where the environment is not activated.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
+
+# PyPI has torch for CUDA 12 up to 2.10 only; CuPy and DALI must be built for the CUDA that torch is built for.
+ifneq ($(filter-out 13,$(CUDA)),)
+$(error CUDA=$(CUDA): the tested versions are for CUDA 13 only (NVIDIA driver 580 or newer); leave CUDA out)
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test lint format lock clean gpu-check kernel-report mutants long-tests cluster-tests kill-tests benchmarks
@@ -15,11 +19,9 @@ export PYTHONPATH := $(CURDIR)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
-install: $(INSTALLED) ## make .venv with the tested versions (again only when they change); CUDA=12 for CUDA 12
+install: $(INSTALLED) ## make .venv with the tested versions (again only when they change)
 
-requirements/tested.txt requirements/tested-cuda12.txt: ;
-
-$(INSTALLED): requirements/tested$(if $(filter 12,$(CUDA)),-cuda12).txt
+$(INSTALLED): requirements/tested.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the tested versions into $(VENV) (once; about 7 GB)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/installer.txt
@@ -61,12 +63,9 @@ benchmarks: install ## every claim of the docs, measured anew into benchmarks/re
 format: install ## let ruff put the code in order
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-lock: install ## write requirements/tested*.txt anew from pyproject.toml
-	for cuda in 13 12; do \
-	  $(BIN)/uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header --upgrade \
-	    --extra cuda$$cuda --extra dev pyproject.toml \
-	    -o requirements/tested$$( [ $$cuda = 12 ] && echo -cuda12 ).txt || exit 1; \
-	done
+lock: install ## write requirements/tested.txt anew from pyproject.toml
+	$(BIN)/uv pip compile -q --universal --python-version 3.10 --no-annotate --no-header --upgrade \
+	  --extra cuda13 --extra dev pyproject.toml -o requirements/tested.txt
 
 clean: ## remove .venv, caches and runs
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs

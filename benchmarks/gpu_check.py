@@ -396,7 +396,7 @@ def main() -> int:
     failed: dict[str, str] = {}
     report.write(device=name, capability=capability, torch=torch.__version__, failed=failed)
     if not report.importable("cupy"):
-        print("gpu-check: without CuPy the fused kernels cannot run: install cupy-cuda13x or cupy-cuda12x")
+        print("gpu-check: without CuPy the fused kernels cannot run: install cupy-cuda13x")
         report.write()
         return 1
     for part in args.parts.split(","):

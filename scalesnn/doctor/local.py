@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalesnn.doctor.findings import Report
+from scalesnn.parallel.devices import unusable_gpu
 from scalesnn.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -127,10 +128,9 @@ def check_gpus(report: Report, topology: Topology, settings: Settings) -> None:
     count = torch.cuda.device_count()
     report.facts["GPUs"] = []
     if count == 0:
-        if Path("/dev/nvidia0").exists():
-            report.add("GPUs", "fail", "the machine has an NVIDIA GPU, but torch sees none",
-                       "look at CUDA_VISIBLE_DEVICES and at nvidia-smi; the driver must fit torch's "
-                       "CUDA")  # fmt: skip
+        if problem := unusable_gpu():
+            what, _, cure = problem.rpartition("; ")
+            report.add("GPUs", "fail", what, cure)
         return
     if topology.local_world_size > count and not (count == 1 and topology.source == "slurm"):
         report.add("GPUs", "fail", f"{topology.local_world_size} processes, {count} GPU(s) visible",

@@ -71,6 +71,9 @@ class DeepSpeedStrategy(Strategy):
 
     def setup_device(self, device_flag: str = "auto") -> torch.device:
         device = super().setup_device(device_flag)
+        if device.type == "cuda":
+            # DeepSpeed takes cuda:LOCAL_RANK, but under --gpus-per-task=1 a task's only GPU is number 0.
+            os.environ["LOCAL_RANK"] = str(device.index)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         deepspeed = import_deepspeed(verbose=getattr(self.args, "verbose", False))
         if device.type == "cpu":

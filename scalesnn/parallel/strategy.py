@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scalesnn.base import UserError
+from scalesnn.parallel.devices import check_gpu, first_line, unusable_gpu
 from scalesnn.parallel.failure import FailureWatch
 from scalesnn.parallel.finite import PATIENCE, BatchMemory, NonFiniteLossError
 from scalesnn.parallel.state import parameter_names, persistent_buffers
@@ -96,16 +97,28 @@ class Strategy(StrategyState, ABC):
 
         Args:
             device_flag: auto, cpu, cuda or cuda:N.
+
+        Raises:
+            UserError: the machine has an NVIDIA GPU that torch cannot use (unless ``device_flag`` is cpu), or
+                fewer than processes.
         """
         use_cuda = torch.cuda.is_available() if device_flag == "auto" else device_flag.startswith("cuda")
+        if device_flag == "auto" and (problem := unusable_gpu()):
+            raise UserError(f"{problem}; --device cpu trains on the CPU all the same")
+        if ":" in device_flag and self.world_size > 1:
+            raise UserError(
+                f"--device {device_flag} names one GPU, but there are {self.world_size} processes: "
+                "give --device cuda, and each takes its own"
+            )
         if not use_cuda:
             self.device = torch.device("cpu")
-        elif ":" in device_flag and self.world_size == 1:
+        elif ":" in device_flag:
             self.device = torch.device(device_flag)
         else:
             self.device = torch.device("cuda", self.topology.device_index(torch.cuda.device_count()))
         if use_cuda:
             torch.cuda.set_device(self.device)
+            check_gpu(self.device)
         if self.needs_process_group or self.world_size > 1:
             self.topology.export_environment()
             self._start_process_group()
@@ -348,8 +361,3 @@ class Strategy(StrategyState, ABC):
 def say(text: str) -> None:
     """One line on standard error."""
     print(f"scalesnn: {text}", file=sys.stderr, flush=True)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,7 @@ import torchvision
 import yaml
 
 from scalesnn.base import UserError
+from scalesnn.parallel.devices import unusable_gpu
 
 __all__ = [
     "RecipeParser",
@@ -270,9 +271,8 @@ def check_arguments(args: Any) -> None:
     if args.device not in ("auto", "cpu") and not args.device.startswith("cuda"):
         raise UserError(f"--device: expected auto, cuda or cpu, got {args.device!r}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {args.device}: torch sees no GPU here; leave the flag out or give --device cpu"
-        )
+        problem = unusable_gpu() or "torch sees no GPU here"
+        raise UserError(f"--device {args.device}: {problem}; leave the flag out or give --device cpu")
 
 
 def check_weights(args: Any) -> None:
