@@ -17,6 +17,7 @@ from scalesnn.data.headers import BadImageError, decode_rgb, image_kind, image_s
 from scalesnn.data.index import ImageIndex
 from scalesnn.data.layout import find_layout
 from scalesnn.data.listing import BAD_LIST, is_frames, open_index
+from scalesnn.data.walking import printable
 
 __all__ = ["Finding", "add_check_command", "check_index", "write_list"]
 
@@ -108,14 +109,14 @@ def run_check(args: argparse.Namespace) -> int:
     for split in splits:
         index = open_index(split)
         total += len(index)
+        print(*index.left_out, sep="\n", end="\n" if index.left_out else "")
         checked = check_index(index, args.workers or default_workers())
         for found in track(checked, f"checking {split}", total=len(index), disable=args.quiet):
             findings += found
         index.close()
     write_list(findings, root, target)
     for finding in findings:
-        name = finding.path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        print(f"{'bad  ' if finding.bad else 'works'}  {name}: {finding.reason}")
+        print(f"{'bad  ' if finding.bad else 'works'}  {printable(finding.path)}: {finding.reason}")
     bad = sum(finding.bad for finding in findings)
     notes = Counter(finding.reason for finding in findings if not finding.bad)
     odd = "".join(f"; {count} {reason}" for reason, count in notes.most_common())

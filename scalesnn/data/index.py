@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from scalesnn.base import UserError
+from scalesnn.data.walking import HIDDEN, LeftOut, is_folder, is_hidden, printable, walk_classes
 
 __all__ = ["IMAGE_EXTENSIONS", "ImageIndex", "class_folders", "index_folder"]
 
@@ -32,6 +32,8 @@ class ImageIndex:
         root: the folder that everything is relative to.
         shard, offset, length: int64 [N] each, where image i lies inside ``files[shard[i]]``; None where every
             image is a file of its own, and ``files[i]`` is image i.
+        left_out: what the listing left out, a line for the user or nothing.
+        sources: what the list was made from: folders and shards relative to ``root``, with their state_of.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class ImageIndex:
         shard: np.ndarray | None = None,
         offset: np.ndarray | None = None,
         length: np.ndarray | None = None,
+        left_out: list[str] | None = None,
+        sources: dict[str, str] | None = None,
     ) -> None:
         self.classes = classes
         self.labels = np.asarray(labels, np.int64)
@@ -52,6 +56,7 @@ class ImageIndex:
         self.root = root
         self.names = files if names is None else names
         self.shard, self.offset, self.length = shard, offset, length
+        self.left_out, self.sources = left_out or [], sources or {}
         self._descriptors: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -86,7 +91,7 @@ class ImageIndex:
 
     def readable(self, image: int) -> str:
         """``path`` for messages: a name that is not UTF-8 can be printed, too."""
-        return self.path(image).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return printable(self.path(image))
 
     def without(self, bad: set[str]) -> ImageIndex:
         """The index without the images whose ``path`` is in ``bad``."""
@@ -99,7 +104,7 @@ class ImageIndex:
         chosen = np.flatnonzero(keep)
         names = [self.names[image] for image in chosen]
         if self.shard is None or self.offset is None or self.length is None:
-            return ImageIndex(self.classes, self.labels[keep], names, self.root)
+            return ImageIndex(self.classes, self.labels[keep], names, self.root, left_out=self.left_out)
         return ImageIndex(
             self.classes,
             self.labels[keep],
@@ -109,6 +114,7 @@ class ImageIndex:
             shard=self.shard[keep],
             offset=self.offset[keep],
             length=self.length[keep],
+            left_out=self.left_out,
         )
 
     def fingerprint(self) -> str:
@@ -129,19 +135,7 @@ class ImageIndex:
 def class_folders(root: Path) -> list[os.DirEntry[str]]:
     """The folders in ``root``, without the hidden ones."""
     with os.scandir(root) as entries:
-        return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-
-
-def _files_below(folder: str, extensions: tuple[str, ...]) -> list[str]:
-    """The files with one of ``extensions`` below ``folder``, at any depth as torchvision takes them,
-    sorted."""
-    found: list[str] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        found.extend(
-            os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(extensions)
-        )
-    return found
+        return [entry for entry in entries if is_folder(entry) and not is_hidden(entry.name)]
 
 
 def index_folder(
@@ -161,7 +155,8 @@ def index_folder(
     """
     if not root.is_dir():
         raise UserError(f"no folder {root}: the data folder must hold train/CLASS/*.jpg and val/CLASS/*.jpg")
-    found = sorted(entry.name for entry in class_folders(root))
+    walk = walk_classes(root, [entry.name for entry in class_folders(root)], extensions)
+    found = list(walk.files)
     if not found:
         raise UserError(f"{root} holds no class folders: expected {root}/CLASS/*.jpg")
     if classes is not None:
@@ -170,19 +165,37 @@ def index_folder(
             raise UserError(f"{root} has no folder for {_some(missing, 'class')} of the training images")
         if unknown:
             raise UserError(f"{root} has {_some(unknown, 'class')} that the training images do not have")
-    with ThreadPoolExecutor(min(16, len(found))) as pool:
-        lists = list(pool.map(lambda name: _files_below(os.path.join(root, name), extensions), found))
-    empty = [name for name, files in zip(found, lists, strict=True) if not files]
+    left_out = _beside_classes(root)
+    left_out.merge(walk.left_out)
+    remarks = left_out.lines(root)
+    empty = [name for name, files in walk.files.items() if not files]
     if empty:
-        raise UserError(f"{root}: no image in {_some(empty, 'class')}; known are {' '.join(extensions)}")
-    prefix = len(os.path.join(root, ""))
-    files = [file[prefix:] for group in lists for file in group]
-    labels = np.repeat(np.arange(len(found)), [len(group) for group in lists])
-    return ImageIndex(found, labels, files, root)
+        raise UserError(
+            "; ".join(
+                [f"{root}: no image in {_some(empty, 'class')}; known are {' '.join(extensions)}", *remarks]
+            )
+        )
+    files = [file for group in walk.files.values() for file in group]
+    labels = np.repeat(np.arange(len(found)), [len(group) for group in walk.files.values()])
+    return ImageIndex(found, labels, files, root, left_out=remarks, sources=walk.folders)
+
+
+def _beside_classes(root: Path) -> LeftOut:
+    """What lies in a split's folder but in no class folder; hidden files are usual there."""
+    found = LeftOut()
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if is_hidden(entry.name):
+                if is_folder(entry):
+                    found.add(HIDDEN, entry.name)
+            elif not is_folder(entry):
+                found.add("files beside the class folders", entry.name)
+    return found
 
 
 def _some(names: list[str], what: str) -> str:
     """'class a', or 'classes a, b, c and 7 more'."""
+    names = [printable(name) for name in names]
     if len(names) == 1:
         return f"{what} {names[0]}"
     plural = what + ("es" if what.endswith("s") else "s")

@@ -4,6 +4,7 @@ images' lists."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 import zipfile
@@ -13,7 +14,8 @@ import numpy as np
 
 from scalesnn.base import UserError
 from scalesnn.data.index import IMAGE_EXTENSIONS, ImageIndex, class_folders, index_folder
-from scalesnn.data.shards import CLASSES_FILE, find_shards, index_shards
+from scalesnn.data.shards import compressed_shards, find_shards, index_shards, looks_like_shard
+from scalesnn.data.walking import is_hidden, printable, state_of
 
 __all__ = [
     "BAD_LIST",
@@ -42,13 +44,48 @@ def make_index(root: Path, classes: list[str] | None = None) -> ImageIndex:
     Raises:
         UserError: nothing there, or classes that do not fit; see index_folder and index_shards.
     """
-    if root.is_dir():
-        found = find_shards(root)
-        if found is not None:
-            return index_shards(root, *found, classes)
-        if holds_frames(root):
-            return index_folder(root, classes, FRAME_EXTENSIONS)
-    return index_folder(root, classes, IMAGE_EXTENSIONS)
+    if not root.is_dir():
+        return index_folder(root, classes, IMAGE_EXTENSIONS)
+    found = find_shards(root)
+    folders = class_folders(root)
+    if found is not None and not _prefer_folders(root, *found, [entry.name for entry in folders]):
+        return index_shards(root, *found, classes)
+    if not folders and (compressed := compressed_shards(root)):
+        raise UserError(
+            f"{compressed[0]} is compressed, and images are read from the middle of shards: uncompress it"
+        )
+    return index_folder(root, classes, FRAME_EXTENSIONS if holds_frames(root) else IMAGE_EXTENSIONS)
+
+
+def _prefer_folders(root: Path, kind: str, shards: list[Path], folders: list[str]) -> bool:
+    """Whether class folders hold the data, and the shards beside them are each class's archive or are shards
+    by name only.
+
+    Raises:
+        UserError: both may be the data.
+    """
+    extensions = IMAGE_EXTENSIONS + FRAME_EXTENSIONS
+    holding = [name for name in folders if _holds(root / name, extensions)]
+    if not holding:
+        return False
+    real = [shard for shard in shards if shard.stem not in folders and looks_like_shard(kind, shard)]
+    if real:
+        raise UserError(
+            printable(
+                f"{root} holds both class folders with images (such as {holding[0]}) and {kind} shards "
+                f"(such as {real[0].name}): move away what is not to be trained on"
+            )
+        )
+    return True
+
+
+def _holds(folder: Path, extensions: tuple[str, ...]) -> bool:
+    """Whether there is a file with one of ``extensions`` below ``folder``."""
+    return any(
+        name.lower().endswith(extensions) and not is_hidden(name)
+        for _, _, names in os.walk(folder)
+        for name in names
+    )
 
 
 def holds_frames(root: Path) -> bool:
@@ -59,25 +96,27 @@ def holds_frames(root: Path) -> bool:
 
 def _first_extension(folder: str) -> str:
     with os.scandir(folder) as entries:
-        names = (entry.name.lower() for entry in entries)
+        names = (entry.name.lower() for entry in entries if not is_hidden(entry.name))
         extensions = (os.path.splitext(name)[1] for name in names)
         known = (extension for extension in extensions if extension in IMAGE_EXTENSIONS + FRAME_EXTENSIONS)
         return next(known, "")
 
 
-def _stamp(root: Path) -> str:
-    """Changes when a file is added to or removed from a class folder, or when a shard changes its size."""
-    digest = hashlib.sha256()
-    found = find_shards(root)
-    if found is not None:
-        for shard in found[1]:
-            digest.update(f"{shard.name} {shard.stat().st_size}\n".encode())
-        listed = root.parent / CLASSES_FILE
-        digest.update(listed.read_bytes() if listed.is_file() else b"")
-    else:
-        for entry in sorted(class_folders(root), key=lambda entry: entry.name):
-            digest.update(f"{entry.name} {entry.stat().st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+def _top(root: Path) -> list[str]:
+    """The names in ``root`` that a listing looks at; the stored list itself is none of them."""
+    return sorted(entry for entry in os.listdir(root) if not entry.startswith(STORED_INDEX))
+
+
+def _stamp(root: Path, sources: dict[str, str]) -> str:
+    """What a list depends on, as text: the names in ``root``; every folder and shard, with its time stamp and
+    size; and what this version takes for an image."""
+    return json.dumps([2, IMAGE_EXTENSIONS, FRAME_EXTENSIONS, _top(root), sources])
+
+
+def _fits(root: Path, stamp: str) -> bool:
+    """Whether ``root`` is as it was when the list with ``stamp`` was made."""
+    sources = json.loads(stamp)[4]
+    return stamp == _stamp(root, {name: state_of(os.path.join(root, name)) for name in sources})
 
 
 def _as_bytes(names: list[str]) -> np.ndarray:
@@ -93,10 +132,11 @@ def store_index(index: ImageIndex, target: Path) -> None:
     """Write ``index`` to ``target``, a .npz file that open_index reads; the file appears whole or not at
     all."""
     arrays: dict[str, np.ndarray] = {
-        "stamp": np.array(_stamp(index.root)),
+        "stamp": _as_bytes([_stamp(index.root, index.sources)]),
         "classes": _as_bytes(index.classes),
         "files": _as_bytes(index.files),
         "labels": index.labels,
+        "left_out": _as_bytes(index.left_out),
     }
     if index.shard is not None and index.offset is not None and index.length is not None:
         arrays |= {"shard": index.shard, "offset": index.offset, "length": index.length}
@@ -112,22 +152,22 @@ def _stored(root: Path, source: Path) -> ImageIndex | None:
     """The index in ``source``; None where there is none, or where it is not about ``root`` as it is now."""
     try:
         with np.load(source, allow_pickle=False) as stored:
-            if str(stored["stamp"]) != _stamp(root):
+            if not _fits(root, _as_list(stored["stamp"])[0]):
                 return None
-            classes, files = _as_list(stored["classes"]), _as_list(stored["files"])
-            if "shard" not in stored:
-                return ImageIndex(classes, stored["labels"], files, root)
-            return ImageIndex(
-                classes,
+            in_shards = "shard" in stored
+            index = ImageIndex(
+                _as_list(stored["classes"]),
                 stored["labels"],
-                files,
+                _as_list(stored["files"]),
                 root,
-                names=_as_list(stored["names"]),
-                shard=stored["shard"],
-                offset=stored["offset"],
-                length=stored["length"],
+                names=_as_list(stored["names"]) if in_shards else None,
+                shard=stored["shard"] if in_shards else None,
+                offset=stored["offset"] if in_shards else None,
+                length=stored["length"] if in_shards else None,
+                left_out=[line for line in _as_list(stored["left_out"]) if line],
             )
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            return index if len(index.names) == len(index) else None
+    except (OSError, LookupError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
         return None
 
 

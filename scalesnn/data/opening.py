@@ -175,6 +175,7 @@ def _indexes(args: argparse.Namespace, root: Path, notices: list[str]) -> tuple[
     layout = find_layout(root)
     notices += layout.notices
     train, val = open_splits(layout, cache)
+    notices += dict.fromkeys([*train.left_out, *val.left_out])
     listed = Path(args.bad_image_list) if args.bad_image_list else root / BAD_LIST
     if not args.bad_image_list and not listed.is_file():
         return train, val

@@ -103,7 +103,7 @@ def run_pack(args: argparse.Namespace) -> int:
         classes = classes or index.classes
         shards = pack_split(index, target / split.name, args.shard_size * 2**20, not args.quiet)
         index.close()
-        print(f"{len(index)} images in {shards} shards in {target / split.name}")
+        print(*index.left_out, f"{len(index)} images in {shards} shards in {target / split.name}", sep="\n")
     assert classes is not None
     (target / CLASSES_FILE).write_text("\n".join(classes) + "\n", encoding="utf-8")
     _store(target)
@@ -123,7 +123,7 @@ def _store(root: Path) -> None:
                 f"{split / STORED_INDEX} cannot be written ({error.strerror}): train with --cache-dataset, "
                 "which keeps the list beside the run"
             ) from error
-        print(f"{split}: {len(index)} images of {len(index.classes)} classes")
+        print(*index.left_out, f"{split}: {len(index)} images of {len(index.classes)} classes", sep="\n")
 
 
 def run_index(args: argparse.Namespace) -> int:

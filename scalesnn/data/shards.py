@@ -11,46 +11,52 @@ beside the splits names the classes, one a line; without it, classes are the dif
 
 from __future__ import annotations
 
-import json
-import logging
 import mmap
+import os
 import re
 import struct
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from scalesnn.base import UserError
-from scalesnn.data.index import IMAGE_EXTENSIONS, ImageIndex
+from scalesnn.data.index import ImageIndex
+from scalesnn.data.labels import class_number
+from scalesnn.data.tars import Entry, walk_tar
+from scalesnn.data.walking import HIDDEN, LeftOut, is_folder, is_hidden, state_of
 
-__all__ = ["CLASSES_FILE", "find_shards", "index_shards"]
+__all__ = [
+    "CLASSES_FILE",
+    "compressed_shards",
+    "find_shards",
+    "index_shards",
+    "looks_like_shard",
+    "read_classes",
+]
 
 CLASSES_FILE = "classes.txt"
 _TFRECORD_NAME = re.compile(r".*\.tfrecords?(-.*)?|.*-\d+-of-\d+")
 _IMAGE_FEATURES = ("image/encoded", "image", "image_raw")
 _LABEL_FEATURES = ("image/class/label", "label")
 _RECORDIO_MAGIC = 0xCED7230A
-
-log = logging.getLogger("scalesnn.data")
-
-
-class _Entry(NamedTuple):
-    """One image of a shard."""
-
-    name: str
-    offset: int
-    length: int
-    label: int
+_COMPRESSED_NAME = re.compile(r".*\.(tgz|tbz2?|txz|(tar|tfrecords?|rec)\.(gz|bz2|xz|zst|lz4))")
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+}
 
 
 def find_shards(folder: Path) -> tuple[str, list[Path]] | None:
     """The format ("tar", "tfrecord" or "recordio") and shards of a split's folder; None where it has no
     shards."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not is_hidden(file.name))
     groups = {
         "tar": [file for file in files if file.suffix == ".tar"],
         "recordio": [file for file in files if file.suffix == ".rec"],
@@ -60,6 +66,29 @@ def find_shards(folder: Path) -> tuple[str, list[Path]] | None:
         if shards:
             return kind, shards
     return None
+
+
+def compressed_shards(folder: Path) -> list[Path]:
+    """Files whose names say that they are compressed shards."""
+    return sorted(file for file in folder.iterdir() if _COMPRESSED_NAME.fullmatch(file.name.lower()))
+
+
+def compression_of(shard: Path) -> str | None:
+    """The format of a compressed file, from its first bytes."""
+    with open(shard, "rb") as file:
+        first = file.read(8)
+    return next((name for magic, name in _COMPRESSIONS.items() if first.startswith(magic)), None)
+
+
+def looks_like_shard(kind: str, shard: Path) -> bool:
+    """Whether a file begins as a shard of this kind does."""
+    if kind == "tar":
+        return tarfile.is_tarfile(shard)
+    with open(shard, "rb") as file:
+        first = file.read(8)
+    if kind == "recordio":
+        return first.startswith(struct.pack("<I", _RECORDIO_MAGIC))
+    return len(first) == 8 and int.from_bytes(first, "little") + 16 <= shard.stat().st_size
 
 
 def index_shards(root: Path, kind: str, shards: list[Path], classes: list[str] | None = None) -> ImageIndex:
@@ -73,12 +102,22 @@ def index_shards(root: Path, kind: str, shards: list[Path], classes: list[str] |
     Raises:
         UserError: a shard that is damaged or has no images, or labels that do not fit the classes.
     """
-    walk = {"tar": _walk_tar, "tfrecord": _walk_tfrecord, "recordio": _walk_recordio}[kind]
+    walk: _Walk = {"tar": walk_tar, "tfrecord": _walk_tfrecord, "recordio": _walk_recordio}[kind]
+    indexes = (index for shard in shards if kind == "tfrecord" for index in _idx_files(shard))
+    sources = {
+        os.path.relpath(path, root): state_of(str(path), settle=True)
+        for path in (root.parent / CLASSES_FILE, *shards, *indexes)
+    }
+    left_out = _beside_shards(root, {shard.name for shard in shards})
     with ThreadPoolExecutor(min(16, len(shards))) as pool:
-        lists = list(pool.map(lambda shard: _listed(walk, shard), shards))
+        walked = list(pool.map(lambda shard: _listed(walk, shard), shards))
+    for _, more in walked:
+        left_out.merge(more)
+    remarks = left_out.lines(root)
+    lists = [entries for entries, _ in walked]
     labels = np.array([entry.label for entries in lists for entry in entries], np.int64)
     if not len(labels):
-        raise UserError(f"no image in the {kind} shards of {root}")
+        raise UserError("; ".join([f"no image in the {kind} shards of {root}", *remarks]))
     names, labels = _classes(root, labels, classes)
     counts = [len(entries) for entries in lists]
     return ImageIndex(
@@ -90,15 +129,47 @@ def index_shards(root: Path, kind: str, shards: list[Path], classes: list[str] |
         shard=np.repeat(np.arange(len(shards)), counts),
         offset=np.array([entry.offset for entries in lists for entry in entries], np.int64),
         length=np.array([entry.length for entries in lists for entry in entries], np.int64),
+        left_out=remarks,
+        sources=sources,
     )
+
+
+def _beside_shards(root: Path, shards: set[str]) -> LeftOut:
+    """What lies beside the shards of a split and is neither one of them nor an index of them."""
+    found = LeftOut()
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name in shards or entry.name == "idx_files" or entry.name.endswith(".idx"):
+                continue
+            if is_folder(entry):
+                found.add(HIDDEN if is_hidden(entry.name) else "folders beside the shards", entry.name)
+            elif not is_hidden(entry.name):
+                found.add("other files beside the shards", entry.name)
+    return found
+
+
+def read_classes(path: Path) -> list[str]:
+    """The class names in a classes.txt, one a line; a name need not be UTF-8.
+
+    Raises:
+        UserError: no text, or an empty line between the others, which would shift the labels.
+    """
+    text = path.read_bytes()
+    if b"\0" in text:
+        raise UserError(f"{path} is not a text file in UTF-8")
+    names = text.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").rstrip("\r\n").split("\n")
+    names = [name.removesuffix("\r") for name in names]
+    if "" in names:
+        raise UserError(f"{path}: line {names.index('') + 1} is empty, but each line is the name of a class")
+    return names
 
 
 def _classes(root: Path, labels: np.ndarray, classes: list[str] | None) -> tuple[list[str], np.ndarray]:
     """Class names, and labels as places in them."""
     listed = root.parent / CLASSES_FILE
     if listed.is_file():
-        names = [line for line in listed.read_text(encoding="utf-8").splitlines() if line]
-        if labels.min() < 0 or labels.max() >= len(names):
+        names = read_classes(listed)
+        if labels.max() >= len(names):
             raise UserError(
                 f"{root}: labels run from {labels.min()} to {labels.max()}, "
                 f"but {listed} has {len(names)} lines"
@@ -114,75 +185,69 @@ def _classes(root: Path, labels: np.ndarray, classes: list[str] | None) -> tuple
     return classes, np.array([place[str(label)] for label in labels.tolist()], np.int64)
 
 
-def _listed(walk: object, shard: Path) -> list[_Entry]:
-    """All entries of a shard, or UserError where it is damaged."""
-    assert callable(walk)
+_Walk = Callable[[Path, LeftOut], Iterator[Entry]]
+
+
+def _listed(walk: _Walk, shard: Path) -> tuple[list[Entry], LeftOut]:
+    """All entries of a shard and what it left out, or UserError where it is damaged."""
+    left_out = LeftOut()
     try:
-        return list(walk(shard))
+        return list(walk(shard, left_out)), left_out
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, IndexError, struct.error, tarfile.TarError) as error:
+    except (OSError, ValueError, LookupError, OverflowError, struct.error, tarfile.TarError) as error:
+        compression = compression_of(shard) if shard.is_file() else None
+        if compression is not None:
+            raise UserError(
+                f"{shard} is compressed ({compression}), and images are read from the middle of shards: "
+                "uncompress it"
+            ) from None
         raise UserError(f"{shard} is damaged: {error}") from error
 
 
-def _walk_tar(shard: Path) -> Iterator[_Entry]:
-    """KEY.jpg (or another image) with KEY.cls or KEY.json; members of a key follow each other."""
-    images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, int] = {}
-    end = 0
-    with tarfile.open(shard, "r:") as tar:
-        for member in tar:
-            end = member.offset_data + (member.size + 511) // 512 * 512
-            if not member.isfile():
-                continue
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            key, extension = f"{folder}/{stem}", f".{extension.lower()}"
-            if extension in IMAGE_EXTENSIONS:
-                images[key] = (member.name, member.offset_data, member.size)
-            elif extension in (".cls", ".json"):
-                file = tar.extractfile(member)
-                assert file is not None
-                text = file.read()
-                labels[key] = int(text) if extension == ".cls" else int(json.loads(text)["label"])
-            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-    with open(shard, "rb") as file:  # tarfile takes a cut for the end
-        file.seek(end)
-        if file.read(512) != bytes(512):
-            raise ValueError("it is cut off")
-    for key, (name, offset, length) in images.items():
-        if key not in labels:
-            raise UserError(f"{shard}: {name} has no label: expected {key.lstrip('/')}.cls beside it")
-        yield _Entry(name, offset, length, labels[key])
+def _idx_files(shard: Path) -> list[Path]:
+    """Where DALI's tools put the index of a TFRecord file."""
+    inside = shard.parent / f"idx_files/{shard.name}.idx"
+    return list(dict.fromkeys([shard.with_name(shard.name + ".idx"), shard.with_suffix(".idx"), inside]))
 
 
-def _records(shard: Path, data: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Offset and length of each record of a TFRecord file, from its index file where there is one."""
-    for index in (
-        shard.with_name(shard.name + ".idx"),
-        shard.with_suffix(".idx"),
-        shard.parent / f"idx_files/{shard.name}.idx",
-    ):
+def _records(shard: Path, data: mmap.mmap, left_out: LeftOut) -> list[tuple[int, int]]:
+    """Offset and length of each record of a TFRecord file, from its index file where there is a whole one."""
+    for index in _idx_files(shard):
         if index.is_file():
-            for line in index.read_text().splitlines():
-                start, length = (int(word) for word in line.split())
-                yield start + 12, length - 16
-            return
-    at = 0
+            records = _indexed_records(index, len(data))
+            if records is not None:
+                return records
+            left_out.add("index files that do not fit their shard", index.name)
+    records, at = [], 0
     while at < len(data):
         (length,) = struct.unpack_from("<Q", data, at)
         if at + length + 16 > len(data):
             raise ValueError("its last record is cut off")
-        yield at + 12, length
+        records.append((at + 12, length))
         at += length + 16
+    return records
 
 
-def _walk_tfrecord(shard: Path) -> Iterator[_Entry]:
+def _indexed_records(index: Path, size: int) -> list[tuple[int, int]] | None:
+    """The records that an index file names; None where they do not fill ``size`` bytes one after another."""
+    records, at = [], 0
+    try:
+        for line in index.read_text().splitlines():
+            start, length = (int(word) for word in line.split())
+            if start != at or length < 16:
+                return None
+            records.append((start + 12, length - 16))
+            at += length
+    except ValueError:
+        return None
+    return records if at == size else None
+
+
+def _walk_tfrecord(shard: Path, left_out: LeftOut) -> Iterator[Entry]:
     """Records that hold a tf.train.Example; checksums are not looked at."""
     with open(shard, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for number, (start, length) in enumerate(_records(shard, data)):
-            if start + length > len(data):
-                raise ValueError("its last record is cut off")
+        for number, (start, length) in enumerate(_records(shard, data, left_out)):
             image: tuple[int, int] | None = None
             label: int | None = None
             for key, place, end in _features(data, start, start + length):
@@ -191,8 +256,13 @@ def _walk_tfrecord(shard: Path) -> Iterator[_Entry]:
                 elif key in _LABEL_FEATURES:
                     label = _first_integer(data, place, end)
             if image is None or label is None:
-                raise ValueError(f"record {number} has no image/encoded or no image/class/label")
-            yield _Entry(f"{number}", image[0], image[1] - image[0], label)
+                raise UserError(
+                    f"{shard}: record {number} has no image/encoded or no whole number in image/class/label"
+                )
+            if label >= 1 << 63:  # stored as two's complement
+                label -= 1 << 64
+            label = class_number(label, f"{shard}: record {number}")
+            yield Entry(f"{number}", image[0], image[1] - image[0], label)
 
 
 def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
@@ -259,7 +329,7 @@ def _first_integer(data: mmap.mmap, at: int, end: int) -> int | None:
     return None
 
 
-def _walk_recordio(shard: Path) -> Iterator[_Entry]:
+def _walk_recordio(shard: Path, left_out: LeftOut) -> Iterator[Entry]:
     """MXNet's image records: magic, length, then flag, label, two identifiers (and ``flag`` more labels), the
     image."""
     with open(shard, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -271,16 +341,17 @@ def _walk_recordio(shard: Path) -> Iterator[_Entry]:
             part, length = word >> 29, word & (1 << 29) - 1
             if at + 8 + length > len(data):
                 raise ValueError("its last record is cut off")
-            if part:  # its bytes happen to hold the magic word: one in some 100,000 images
-                log.warning("%s: record %d is stored in parts and is left out", shard, number)
-                number += part == 3  # the last part
-                at += 8 + (length + 3) // 4 * 4
-                continue
-            flag, label = struct.unpack_from("<If", data, at + 8)
-            if flag > 0:
-                (label,) = struct.unpack_from("<f", data, at + 32)
-            header = 24 + 4 * flag
-            if label == int(label) and length > header:
-                yield _Entry(f"{number}", at + 8 + header, length - header, int(label))
-            number += 1
+            if part == 0:
+                flag, label = struct.unpack_from("<If", data, at + 8)
+                header = 24 + 4 * flag
+                if length > header:
+                    if flag > 0:
+                        (label,) = struct.unpack_from("<f", data, at + 32)
+                    label = class_number(label, f"{shard}: record {number}")
+                    yield Entry(f"{number}", at + 8 + header, length - header, label)
+                else:
+                    left_out.add("records without an image", f"{shard.name}#{number}")
+            elif part == 1:  # its bytes happen to hold the magic word: one in some 100,000 images
+                left_out.add("records that are stored in parts", f"{shard.name}#{number}")
+            number += part in (0, 3)
             at += 8 + (length + 3) // 4 * 4

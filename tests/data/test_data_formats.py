@@ -234,6 +234,23 @@ def test_a_folder_that_cannot_be_written_is_said(
         command("index", str(root))
 
 
+@pytest.mark.parametrize("index", ["short", "of_another_shard", "empty", "text"])
+def test_an_index_file_that_does_not_fit_is_not_used(index: str, tmp_path: Path) -> None:
+    items = [(b"image %d" % number, number % 3) for number in range(8)]
+    shard = tmp_path / "train-00000-of-00001"
+    write_tfrecord(shard, items, with_index=True)
+    idx = Path(f"{shard}.idx")
+    assert open_index(tmp_path).left_out == []
+    lines = idx.read_text().splitlines(keepends=True)
+    other = [f"{int(start) + 8} {size}\n" for start, size in map(str.split, lines)]
+    idx.write_text(
+        "".join({"short": lines[:4], "of_another_shard": other, "text": ["hello\n"]}.get(index, []))
+    )
+    found = open_index(tmp_path)
+    assert [(found.read(image), found.labels[image]) for image in range(len(found))] == items
+    assert f"1 index files that do not fit their shard ({idx.name})" in found.left_out[0]
+
+
 # -- event frames
 
 
