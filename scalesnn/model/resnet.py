@@ -8,6 +8,7 @@ He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Zagoruyko and Komodakis 2016
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -33,6 +34,8 @@ __all__ = [
     "load_pretrained",
     "neuron_factory",
 ]
+
+log = logging.getLogger("scalesnn.model")
 
 MakeNeuron = Callable[[], nn.Module]
 MakeNorm = Callable[[int], nn.Module]
@@ -301,7 +304,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 def load_pretrained(model: nn.Module, name: str, progress: bool = True) -> None:
     """Load torchvision's ImageNet weights (version 1) of the ANN ``name``, through torch.hub's cache.
 
-    Parameters of neurons keep their initial values.
+    Parameters of neurons keep their initial values. So do the classifier of a net with another number of
+    classes and the first convolution of a net for other channels; the log names them.
 
     Raises:
         UserError: the file is neither in the cache nor to be had, or damaged, or does not fit the net.
@@ -321,11 +325,37 @@ def load_pretrained(model: nn.Module, name: str, progress: bool = True) -> None:
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"the pretrained weights are damaged: delete {file} and try again") from error
     own = model.state_dict()
+    kept = _other_ends(state, own)
+    for key in kept:
+        state.pop(key, None)
     wrong = [key for key in state if key not in own or own[key].shape != state[key].shape]
-    missing = [key for key in own if key not in state and ".sn" not in f".{key}" and "_sn" not in key]
+    neurons = [key for key in own if ".sn" in f".{key}" or "_sn" in key]
+    missing = [key for key in own if key not in {*state, *kept, *neurons}]
     if wrong or missing:
         raise UserError(
             f"the pretrained weights of {name} do not fit this net at {(wrong + missing)[0]}: they are for "
-            "3-channel images, 1000 classes and BatchNorm; replace model.fc after loading for other classes"
+            "torchvision's net with BatchNorm"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _other_ends(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """The keys of a classifier and a first convolution that are for other classes or channels than the
+    weights; a line in the log says so."""
+    kept: list[str] = []
+    classes, channels = len(own["fc.weight"]), own["conv1.weight"].shape[1]
+    if classes != len(state["fc.weight"]):
+        kept += ["fc.weight", "fc.bias"]
+        log.warning(
+            "pretrained weights: a new classifier for %d classes (theirs is for %d)",
+            classes,
+            len(state["fc.weight"]),
+        )
+    if channels != state["conv1.weight"].shape[1]:
+        kept.append("conv1.weight")
+        log.warning(
+            "pretrained weights: a new first convolution for %d channels (theirs is for %d)",
+            channels,
+            state["conv1.weight"].shape[1],
+        )
+    return kept

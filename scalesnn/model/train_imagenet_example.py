@@ -133,9 +133,13 @@ def build_model(args: Any, num_classes: int) -> nn.Module:
         settings["tau" if args.neuron == "LIF" else "init_tau"] = args.tau
     if args.model.startswith("sew_"):
         settings["cnf"] = args.cnf
-    model = model_makers()[args.model](
-        pretrained=args.pretrained, num_classes=1000 if args.pretrained else num_classes, **settings
-    )
+    ends = num_classes, settings["in_channels"]
+    if args.pretrained and args.test_only and not args.resume and ends != (1000, 3):
+        raise UserError(
+            "--test-only --pretrained: the weights are for 1000 classes and 3 channels, the data have "
+            f"{ends[0]} and {ends[1]}: train first, and test with --resume"
+        )
+    model = model_makers()[args.model](pretrained=args.pretrained, num_classes=num_classes, **settings)
     functional.set_step_mode(model, "m")
     if args.cupy:
         functional.set_backend(model, "cupy", neuron.BaseNode)

@@ -15,7 +15,7 @@ from spikingjelly.activation_based.model import spiking_resnet as peer
 
 from scalesnn import functional, layer, neuron, surrogate
 from scalesnn.base import UserError
-from scalesnn.model import spiking_resnet
+from scalesnn.model import sew_resnet, spiking_resnet
 from scalesnn.model.resnet import ARCHITECTURES
 
 NINE = [name for name in spiking_resnet.__all__ if name[0] == "s"]
@@ -236,9 +236,27 @@ class TestPretrained:
         with pytest.raises(UserError, match=r"damaged: delete .*resnet18-f37072fd\.pth"):
             build("spiking_resnet18", pretrained=True)
 
-    def test_another_number_of_classes_is_refused(self, cache):
-        torch.save(torchvision.models.resnet18().state_dict(), cache / "resnet18-f37072fd.pth")
-        with pytest.raises(UserError, match=r"do not fit this net at fc\.weight.*replace model\.fc"):
+    @pytest.mark.parametrize(("classes", "channels"), [(10, 3), (1000, 2), (7, 1)])
+    @pytest.mark.parametrize("make", [spiking_resnet.spiking_resnet18, sew_resnet.sew_resnet18])
+    def test_another_head_or_stem_is_new_and_named(self, cache, caplog, make, classes, channels):
+        weights = torchvision.models.resnet18().state_dict()
+        torch.save(weights, cache / "resnet18-f37072fd.pth")
+        own = make(pretrained=True, num_classes=classes, in_channels=channels).state_dict()
+        assert own["fc.weight"].shape == (classes, 512)
+        assert own["conv1.weight"].shape == (64, channels, 7, 7)
+        new = {"fc.weight", "fc.bias"} if classes != 1000 else set()
+        new |= {"conv1.weight"} if channels != 3 else set()
+        same = {key for key in weights if key not in new}
+        assert all(torch.equal(own[key], weights[key]) for key in same)
+        said = " ".join(caplog.messages)
+        assert (f"a new classifier for {classes} classes (theirs is for 1000)" in said) == (classes != 1000)
+        assert (f"a new first convolution for {channels} channels (theirs is for 3)" in said) == (
+            channels != 3
+        )
+
+    def test_a_net_of_other_layers_is_refused(self, cache):
+        torch.save(torchvision.models.resnet34().state_dict(), cache / "resnet18-f37072fd.pth")
+        with pytest.raises(UserError, match=r"do not fit this net at layer1\.2\.conv1\.weight"):
             build("spiking_resnet18", pretrained=True, num_classes=10)
 
     def test_progress_can_be_silent(self, cache, capsys):

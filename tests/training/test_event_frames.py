@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from small_runs import ROOT, SMALL, environment, records
 from torch.utils.data import RandomSampler, SequentialSampler
@@ -118,6 +119,31 @@ def test_images_have_three_channels(images: Path, tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit, match="2"):
         train("--data-path", images, "--output-dir", tmp_path, "--in-channels", "1")
     assert "--in-channels 1, but the data are images of 3 channels" in capsys.readouterr().err
+
+
+def test_pretrained_weights_get_a_stem_and_a_head_for_the_frames(
+    objects: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    weights = torchvision.models.resnet18().state_dict()
+    torch.save(weights, cache / "resnet18-f37072fd.pth")
+    words = ["--data-path", objects, "--output-dir", tmp_path / "runs", "--pretrained"]
+    trainer = train(*words, "--max-steps", "1", "--lr", "0")
+    own = trainer.run.strategy.module.state_dict()
+    assert torch.equal(own["layer4.1.conv2.weight"], weights["layer4.1.conv2.weight"])
+    assert (own["conv1.weight"].shape[1], len(own["fc.weight"])) == (2, 3)
+    assert "a new classifier for 3 classes" in caplog.text
+    assert "a new first convolution for 2 channels" in caplog.text
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        train(*words, "--test-only")
+    assert "weights are for 1000 classes and 3 channels, the data have 3 and 2" in capsys.readouterr().err
 
 
 def test_several_numbers_of_frames_are_not_chosen_from(
