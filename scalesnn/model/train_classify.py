@@ -37,7 +37,7 @@ from scalesnn.training.arguments import (
 from scalesnn.training.elastic import add_elastic_arguments, apply_global_batch
 from scalesnn.training.ema import ModelEma
 from scalesnn.training.hang_watch import HangWatch, add_hang_arguments
-from scalesnn.training.hook_checks import check_hooks, check_optimizer, check_schedule, refuses
+from scalesnn.training.hook_checks import check_hooks, check_optimizer, check_schedule, refuses, uses_default
 from scalesnn.training.loop import Run
 from scalesnn.training.metrics import accuracy
 from scalesnn.training.opening import (
@@ -50,6 +50,7 @@ from scalesnn.training.opening import (
 from scalesnn.training.optimizers import make_optimizer, make_scheduler
 from scalesnn.training.preemption import Preemption, add_preemption_arguments
 from scalesnn.training.rank_logs import RankLog
+from scalesnn.training.sample_recipe import take_sample_recipe
 from scalesnn.training.summary import introduce
 from scalesnn.training.user_data import as_data
 
@@ -236,6 +237,9 @@ class Trainer:
 
     def _main(self, args: Any) -> None:
         """The stages of a run, each with what the ones before it made."""
+        said: list[str] = []
+        if not (args.data_path or getattr(args, "config", None)) and uses_default(self.load_data):
+            said = take_sample_recipe(args, vars(Trainer().get_args_parser().get_defaults()))
         check_arguments(args)
         check_hooks(self, args)
         set_deterministic(args.seed, args.disable_uda)
@@ -262,6 +266,7 @@ class Trainer:
             stack.enter_context(preemption)
             watch = HangWatch(args.hang_timeout, folder, strategy.rank, strategy.world_size)
             data = as_data(self.load_data(args), args, self.device)
+            data.notices.extend(said)
             stack.callback(data.close)
             model, memory = build_model(self, args, data, strategy)
             introduce(self, args, folder, data, model, strategy)

@@ -61,12 +61,17 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
         "--deepspeed-config",
         default=None,
         metavar="JSON",
-        help="DeepSpeed's configuration",
+        help="DeepSpeed's configuration, a file or a shipped one such as zero2",
     )
     group.add_argument(
         "--deepspeed", action="store_true", help="the same as --strategy deepspeed; needs --deepspeed_config"
     )
-    group.add_argument("--fsdp-config", default=None, metavar="YAML", help="FSDP2's configuration")
+    group.add_argument(
+        "--fsdp-config",
+        default=None,
+        metavar="YAML",
+        help="FSDP2's configuration, a file or a shipped one: fsdp, hsdp",
+    )
     group.add_argument(
         "--local_rank", "--local-rank", default=None, type=int, metavar="N", help="set by launchers; checked"
     )
@@ -136,7 +141,7 @@ def choose_strategy(args: Any, topology: Topology) -> str:
     if name == "auto":
         name = wanted[0] if wanted else "ddp" if topology.world_size > 1 else "single"
     if name == "deepspeed" and not args.deepspeed_config:
-        raise UserError("DeepSpeed needs --deepspeed_config JSON, for instance configs/zero2.json")
+        raise UserError("DeepSpeed needs --deepspeed_config JSON, for instance --deepspeed_config zero2")
     return name
 
 

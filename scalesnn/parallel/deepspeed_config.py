@@ -8,10 +8,10 @@ DeepSpeed would choose by itself is written out: left unset, it clips gradients 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from scalesnn.base import UserError
+from scalesnn.configs import find_config
 
 __all__ = ["read_config", "resolve_config"]
 
@@ -34,7 +34,7 @@ def read_config(path: str) -> dict[str, Any]:
         UserError: the file cannot be read or is not a JSON object.
     """
     try:
-        config = json.loads(Path(path).expanduser().read_text())
+        config = json.loads(find_config("--deepspeed_config", path, "*.json").read_text())
     except OSError as error:
         raise UserError(f"--deepspeed_config {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scalesnn.base import UserError
+from scalesnn.configs import find_config
 from scalesnn.parallel.strategy import MakeOptimizer, MakeScheduler, StepResult, Strategy
 from scalesnn.parallel.topology import Topology
 
@@ -56,7 +56,7 @@ class FSDPConfig:
         if path is None:
             return cls()
         try:
-            settings = yaml.safe_load(Path(path).expanduser().read_text()) or {}
+            settings = yaml.safe_load(find_config("--fsdp-config", path, "[fh]sdp.yaml").read_text()) or {}
         except OSError as error:
             raise UserError(f"--fsdp-config {path}: {error.strerror or error}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -20,6 +20,7 @@ import torchvision
 import yaml
 
 from scalesnn.base import UserError
+from scalesnn.configs import find_config
 from scalesnn.parallel.devices import unusable_gpu
 
 __all__ = [
@@ -47,7 +48,10 @@ class RecipeParser(jsonargparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self.add_argument(
-            "--config", action="config", metavar="RECIPE", help="recipe: sets any flag's default"
+            "--config",
+            action="config",
+            metavar="RECIPE",
+            help="recipe, a file or a shipped one such as sample: sets any flag's default",
         )
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -61,6 +65,10 @@ class RecipeParser(jsonargparse.ArgumentParser):
         """
         words = list(sys.argv[1:] if args is None else args)
         recipes, words = split_recipes(words)
+        try:
+            recipes = [str(find_config("--config", name, "recipes/*.yaml")) for name in recipes]
+        except UserError as error:
+            self.error(str(error))
         given = self._given(words)
         for recipe in recipes:
             given |= self._check_recipe(recipe)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from scalesnn.base import UserError
 from scalesnn.training.arguments import OPTIMIZERS, SCHEDULERS, WARMUPS, nearest
 
-__all__ = ["check_hooks", "check_name", "check_optimizer", "check_schedule", "refuses"]
+__all__ = ["check_hooks", "check_name", "check_optimizer", "check_schedule", "refuses", "uses_default"]
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -25,6 +25,11 @@ def refuses(check: Callable[[Any], None]) -> Callable[[Hook], Hook]:
         return hook
 
     return mark
+
+
+def uses_default(hook: Callable[..., Any]) -> bool:
+    """Whether a marked hook is the default one, which no subclass overrides."""
+    return hasattr(hook, "check")
 
 
 def check_hooks(trainer: Any, args: Any) -> None:

@@ -191,7 +191,7 @@ def log_step(run: Run, of_step: Averages, grad_norm: Tensor | float | None) -> N
         run.tracker.alert("spiking health", warning)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what ZeRO-3 gathers here stays for the next epoch's training
 def evaluate(
     trainer: Trainer, model: nn.Module, criterion: nn.Module, loader: Any, device: torch.device, args: Any
 ) -> dict[str, float]:

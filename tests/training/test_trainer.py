@@ -113,13 +113,13 @@ def test_test_only_prints_the_figures_of_a_checkpoint(unbroken, images, tmp_path
 
 
 @pytest.mark.distributed
-def test_deepspeed_s_launcher_starts_two_ranks(images, tmp_path):  # torchrun: test_hooks.py
+def test_deepspeed_s_launcher_starts_two_ranks_and_zero_3_trains_on_after_an_evaluation(images, tmp_path):
     prefix = ["deepspeed", "--master_port", str(20000 + os.getpid() % 20000), "--num_gpus", "2"]
-    words = ["--data-path", images, "--output-dir", tmp_path, "--max-steps", 2, "--batch-size", 2]
-    words += ["--deepspeed_config", ROOT / "configs/zero2.json"]
+    words = ["--data-path", images, "--output-dir", tmp_path, "--max-steps", 3, "--batch-size", 8]
+    words += ["--deepspeed_config", ROOT / "configs/zero3.json"]
     result = run(*words, prefix=prefix, timeout=200)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert len(trace(tmp_path)) == 2
+    assert len(trace(tmp_path)) == 3  # two steps an epoch
     (config,) = tmp_path.glob("*/config.yaml")
     assert yaml.safe_load(config.read_text())["world_size"] == 2
 

@@ -13,6 +13,8 @@ import argparse
 import sys
 from typing import Any
 
+__all__ = ["LAYOUT", "blocks", "main"]
+
 # section → panels: (title, metrics, or one pattern "/…/", options of the panel)
 LAYOUT: dict[str, list[tuple[str, list[str] | str, dict[str, Any]]]] = {
     "Accuracy": [
