@@ -7,12 +7,15 @@
 ``--config RECIPE.yaml`` sets any flag's default; ``-h`` lists the flags.
 """
 
+import signal
 import sys
 from pathlib import Path
 
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # "save and requeue" waits until the run can
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from scalesnn.model.train_imagenet_example import SResNetTrainer
+from scalesnn.model.train_imagenet_example import SResNetTrainer  # noqa: E402
 
 if __name__ == "__main__":
     trainer = SResNetTrainer()

@@ -16,6 +16,17 @@ export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 tasks=${SLURM_GPUS_ON_NODE:-0}
 ((tasks > 0)) || tasks=1
 
+# SIGUSR1 may come to this shell alone (sbatch --signal=B:USR1@120, scancel --batch), to this shell and to
+# everything below it (scancel --full), or to the tasks alone. The shell survives it, and srun hands it on; a
+# training that has it already takes no notice of a second one.
+signalled=0
+training=
+hand_on() {
+    signalled=1
+    [[ -z $training ]] || kill -USR1 "$training" 2>/dev/null || true
+}
+trap hand_on USR1
+
 requeue() {
     # A job that is ending already was cancelled, or is on its way back to the queue.
     if scontrol show job "$SLURM_JOB_ID" --oneliner | grep -q 'JobState=RUNNING'; then
@@ -33,7 +44,13 @@ run() {
     # --wait: when one task ends, the others get 20 s to end by themselves, so that they can say why.
     srun --ntasks="$((tasks * SLURM_JOB_NUM_NODES))" --ntasks-per-node="$tasks" --distribution=block \
         --cpus-per-task="$((SLURM_CPUS_ON_NODE / tasks))" --kill-on-bad-exit=0 --wait=20 \
-        "$@" || status=$?
+        "$@" &
+    training=$!
+    while :; do # a trap ends `wait` early: then wait again
+        signalled=0 status=0
+        wait "$training" || status=$?
+        ((signalled)) || break
+    done
     case $status in
         0) ;; # finished
         2) ;; # the command line or a file is wrong: a restart does not help

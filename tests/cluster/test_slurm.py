@@ -26,7 +26,9 @@ SCRIPTS = ROOT / "launch/slurm"
 
 # A training in small: real processes, real agreement over gloo, real requeueing; no network to train.
 COUNTING = """
-import os, sys, time, torch, torch.distributed as dist
+import os, signal, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # as launch/train.py
+import torch, torch.distributed as dist
 from pathlib import Path
 from scalesnn.parallel.topology import Topology
 from scalesnn.training.preemption import Preemption, is_restart, job_run_name
@@ -111,6 +113,24 @@ def test_a_killed_rank_ends_the_job_and_a_restart_recovers(slurm, counting, tmp_
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
     assert "restart 1: job" in log
     assert (tmp_path / f"job{recovers}/at_1").read_text() == "30"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["--full", "--batch", "B:USR1@30"])
+def test_a_signal_that_also_meets_the_batch_script_requeues_the_job(slurm, counting, tmp_path, way):
+    """Slurm signals the tasks and the batch shell, the batch shell alone, or that before the time limit."""
+    asked = [f"--signal={way}", "--time=1"] if "@" in way else []
+    job = slurm.submit("-N2", *asked, str(counting), str(tmp_path), "250", cwd=tmp_path)
+    wait_until(lambda: (tmp_path / f"job{job}/at_1").exists(), 120, "running")
+    if not asked:
+        slurm.run("scancel", "--signal=USR1", way, job)
+    fields = slurm.wait(job, 240)
+    log, restarts = (tmp_path / f"log-{job}").read_text(), int(fields["Restarts"])
+    assert fields["JobState"] == "COMPLETED", log
+    assert restarts == 1 or (asked and restarts > 1), log  # its time limit comes again
+    assert log.count("ends at step") == 2 * (restarts + 1), log
+    assert log.count("SIGUSR1: saved at step") == restarts, log
+    assert (tmp_path / f"job{job}/at_1").read_text() == "250"
 
 
 def test_a_training_that_is_signalled_resumes_and_repeats_the_unbroken_trace(slurm, few_images, tmp_path):
@@ -199,16 +219,20 @@ def test_a_sweep_is_an_array_with_a_run_for_each_line(slurm, few_images, tmp_pat
 
 
 @pytest.mark.long
-def test_launch_slurm_writes_a_script_that_trains(slurm, few_images, tmp_path):
-    flags = training_flags(few_images, tmp_path / "runs", "--max-steps", "2")
+def test_launch_slurm_writes_a_script_that_trains_and_survives_a_signal(slurm, few_images, tmp_path):
+    flags = training_flags(few_images, tmp_path / "runs")
     done = slurm.run(
         sys.executable, "-m", "scalesnn.cli", "launch", "--slurm", "--nodes", "2", "--devices", "0", *flags,
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     job = done.stdout.split()[-1]
-    assert slurm.wait(job, 240)["JobState"] == "COMPLETED"
-    assert len(trace(tmp_path / f"runs/job{job}")) == 2
+    wait_until(lambda: steps_so_far(tmp_path / f"runs/job{job}") >= 2, 240, "training")
+    slurm.run("scancel", "--signal=USR1", "--full", job)
+    fields = slurm.wait(job, 240)
+    log = (tmp_path / f"scalesnn-{job}.out").read_text()
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log[-3000:]
+    assert sorted(trace(tmp_path / f"runs/job{job}")) == list(range(1, 17))
 
 
 @pytest.mark.long

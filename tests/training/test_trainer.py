@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -128,3 +129,22 @@ def test_log_files_have_no_control_characters(unbroken):
     printed = (unbroken / "stdout.txt").read_text()
     assert "loss" in printed
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", printed)
+
+
+def test_a_signal_before_the_run_can_save_waits_until_it_can(images, tmp_path):
+    """SIGUSR1 while torch is imported: without the entry's mask it would kill the process."""
+    process = subprocess.Popen(
+        command("--data-path", images, "--output-dir", tmp_path, "--loader", "torchvision"),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    status = Path(f"/proc/{process.pid}/status")
+    bit = 1 << (signal.SIGUSR1 - 1)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if int(re.search(r"SigBlk:\s+(\w+)", status.read_text())[1], 16) & bit:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGUSR1, said
+    assert "SIGUSR1: saved at step 1 in" in said
