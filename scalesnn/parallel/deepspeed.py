@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scalesnn.base import UserError
 from scalesnn.parallel.build_locks import clear_stale_locks
 from scalesnn.parallel.deepspeed_config import read_config, resolve_config
+from scalesnn.parallel.deepspeed_names import check_names
 from scalesnn.parallel.state import Shard, shard_of, write_values
 from scalesnn.parallel.strategy import MakeOptimizer, MakeScheduler, StepResult, Strategy, first_line
 from scalesnn.parallel.topology import Topology
@@ -76,6 +77,8 @@ class DeepSpeedStrategy(Strategy):
             os.environ["LOCAL_RANK"] = str(device.index)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         deepspeed = import_deepspeed(verbose=getattr(self.args, "verbose", False))
+        check_names(self.config, self.args.deepspeed_config)
+        check_nvme(self.config, self.args.deepspeed_config)
         if device.type == "cpu":
             # DeepSpeed would compile a shared-memory collective here, for inference only: over a minute,
             # and a compiler needed, on every new machine. Its table of usable ops says whether to.
@@ -118,7 +121,7 @@ class DeepSpeedStrategy(Strategy):
                 config=self.config,
                 dist_init_required=False,
             )
-        except (AssertionError, ValueError) as error:  # pydantic's and DeepSpeed's own checks of the JSON
+        except (AssertionError, TypeError, ValueError) as error:  # DeepSpeed's own checks of the JSON
             raise UserError(
                 f"{self.args.deepspeed_config}: DeepSpeed refuses it: {first_line(error)}"
             ) from error
@@ -248,6 +251,32 @@ class DeepSpeedStrategy(Strategy):
             return {}
         order = self.module.state_dict(keep_vars=True)
         return {n: state[n] if n in state else value.detach().cpu().clone() for n, value in order.items()}
+
+
+def check_nvme(config: dict[str, Any], path: str) -> None:
+    """Look whether this machine can do what ``offload_*.device: nvme`` asks of it.
+
+    Raises:
+        UserError: the folder cannot be written, or libaio is missing.
+    """
+    zero = config.get("zero_optimization") or {}
+    for name in ("offload_param", "offload_optimizer"):
+        section = zero.get(name) or {}
+        if section.get("device") != "nvme":
+            continue
+        folder = section.get("nvme_path")
+        if not folder or not os.access(folder, os.W_OK):
+            raise UserError(
+                f"{path}: zero_optimization.{name}.nvme_path must be a folder on the NVMe that can be "
+                f"written, got {folder!r}"
+            )
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(
+                f"{path}: zero_optimization.{name}.device nvme needs libaio, which is not on this machine: "
+                'install libaio-dev (Debian) or libaio-devel (RPM), or write "device": "cpu"'
+            )
 
 
 def import_deepspeed(*, verbose: bool) -> Any:

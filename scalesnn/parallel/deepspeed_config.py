@@ -23,7 +23,10 @@ PAIRS = {
     ("optimizer", "params", "lr"): "lr",
     ("optimizer", "params", "weight_decay"): "weight_decay",
     ("optimizer", "params", "momentum"): "momentum",
+    ("scheduler", "params", "warmup_max_lr"): "lr",
 }
+SECTIONS = ("optimizer", "scheduler", "torch_autocast", "bf16", "bfloat16", "fp16")
+COUNTED = ("warmup_num_steps", "total_num_steps")  # of a schedule: nobody but the user knows them
 FLAG_NAMES = {"weight_decay": "--weight-decay", "lr": "--lr", "momentum": "--momentum"}
 
 
@@ -65,15 +68,25 @@ def resolve_config(
             work.
     """
     config = json.loads(json.dumps(config))
+    for section in SECTIONS:
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(f"{path}: {section} must be an object {{…}}, got {json.dumps(config[section])}")
+    for section in ("optimizer", "scheduler"):
+        for key, kind in {"type": str, "params": dict}.items():
+            value = config.get(section, {}).get(key, kind())
+            if not isinstance(value, kind):
+                wanted = "a name" if kind is str else "an object {…}"
+                raise UserError(f"{path}: {section}.{key} must be {wanted}, got {json.dumps(value)}")
     explicit: set[str] = set(getattr(args, "explicit", None) or ())
     for place, flag in PAIRS.items():
         settle(config, place, args, flag, explicit, path)
     check_sections(config, args, explicit, path)
+    config = without_auto(config)
     config["train_micro_batch_size_per_gpu"] = args.batch_size
     config["gradient_accumulation_steps"] = args.gradient_accumulation
     product = args.batch_size * args.gradient_accumulation * world_size
-    total = config.get("train_batch_size", "auto")
-    if total not in ("auto", product):
+    total = config.get("train_batch_size", product)
+    if total != product:
         raise UserError(
             f"{path}: train_batch_size is {total}, but batch size {args.batch_size} × gradient accumulation "
             f"{args.gradient_accumulation} × {world_size} process(es) is {product}"
@@ -81,7 +94,11 @@ def resolve_config(
     config["train_batch_size"] = product
     config["gradient_clipping"] = float(args.clip_grad_norm or 0.0)
     config["zero_allow_untested_optimizer"] = True
-    config.setdefault("steps_per_print", 10**12)
+    every = config.setdefault("steps_per_print", 10**12)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise UserError(
+            f"{path}: steps_per_print must be a whole number of at least 1, got {json.dumps(every)}"
+        )
     zero = config.get("zero_optimization", {})
     if zero.get("offload_optimizer") and "optimizer" not in config:
         config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -114,6 +131,13 @@ def settle(
     setattr(args, flag, value)
 
 
+def without_auto(value: Any) -> Any:
+    """The sections without what is still ``"auto"``: no flag sets it, so DeepSpeed's default holds."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without_auto(inner) for key, inner in value.items() if inner != "auto"}
+
+
 def check_sections(config: dict[str, Any], args: Any, explicit: set[str], path: str) -> None:
     """Refuse sections that contradict flags or cannot train a network with BatchNorm."""
     for section, flags in {"optimizer": ("opt",), "scheduler": ("lr_scheduler", "lr_warmup_epochs")}.items():
@@ -123,20 +147,27 @@ def check_sections(config: dict[str, Any], args: Any, explicit: set[str], path: 
                     f"{path} defines its own {section}, but {option(flag)} {getattr(args, flag)} was given; "
                     "leave one of them out"
                 )
+    for name in COUNTED:
+        if config.get("scheduler", {}).get("params", {}).get(name) == "auto":
+            raise UserError(
+                f'{path}: scheduler.params.{name} cannot be "auto": write the number of steps, or leave '
+                "the scheduler out for --lr-scheduler and --lr-warmup-epochs"
+            )
     for section in ("bf16", "bfloat16", "fp16"):
-        if isinstance(config.get(section), dict) and config[section].get("enabled"):
+        if config.get(section, {}).get("enabled") not in (None, False, "auto"):
             raise UserError(
                 f"{path}: DeepSpeed's {section} section turns BatchNorm's weights to half precision, and its "
                 'statistics with them; write "torch_autocast": {"enabled": true, "dtype": "bfloat16"} instead'
             )
-    autocast = config.get("torch_autocast")
-    if isinstance(autocast, dict) and str(autocast.get("dtype")).replace("torch.", "") in ("float16", "fp16"):
+    autocast = config.get("torch_autocast", {})
+    if str(autocast.get("dtype")).replace("torch.", "") in ("float16", "fp16"):
         raise UserError(
             f"{path}: torch_autocast.dtype {autocast['dtype']} needs its gradients scaled, which scalesnn "
             'does not do; write "bfloat16", which has the range of float32'
         )
     zero = config.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         stage = zero.get("stage") if isinstance(zero, dict) else zero
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {json.dumps(stage)}")
 
