@@ -161,11 +161,11 @@ def check_kernels(report: Report, topology: Topology, settings: Settings) -> Non
     import torch
 
     from scalesnn import functional, neuron
-    from scalesnn.kernels import cpu, cuda
+    from scalesnn.kernels import cpu, self_check
 
     device = own_device(topology)
     if device.type == "cuda":
-        problem = cuda.why_not()
+        problem = self_check.problem(device, torch.float32) or self_check.problem(device, torch.bfloat16)
     else:
         problem = None if cpu.available() else "the CPU kernels do not build"
     if problem:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BUILD_ERRORS", "HAS_COMPILER", "cache_folder", "reason", "shared_library"]
+__all__ = ["BUILD_ERRORS", "HAS_COMPILER", "cache_folder", "lock", "reason", "shared_library"]
 
 BUILD_ERRORS = (OSError, RuntimeError, subprocess.SubprocessError)  # what shared_library raises
 LOCK_SECONDS = 120.0
@@ -40,8 +40,10 @@ HAS_COMPILER = _compiler() is not None
 def cache_folder() -> Path:
     """Where the compiled libraries are kept: ``SCALESNN_CACHE``, else the user's cache, else a temporary
     folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    candidates = [home / "scalesnn", Path(tempfile.gettempdir()) / f"scalesnn-{os.getuid()}"]
+    candidates = [Path(tempfile.gettempdir()) / f"scalesnn-{os.getuid()}"]
+    with contextlib.suppress(RuntimeError):  # a user without a home folder, in a container
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        candidates.insert(0, home / "scalesnn")
     if os.environ.get("SCALESNN_CACHE"):
         candidates.insert(0, Path(os.environ["SCALESNN_CACHE"]))
     for folder in candidates:
@@ -70,7 +72,7 @@ def shared_library(name: str, code: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     key = hashlib.sha256("\n".join(made_by).encode()).hexdigest()
     path = cache_folder() / f"{name}_{key[:24]}.so"
     if not path.exists():
-        with _lock(path.with_suffix(".lock")):
+        with lock(path.with_suffix(".lock")):
             if not path.exists():
                 _build(code, path, flags)
     return ctypes.CDLL(str(path))
@@ -116,7 +118,7 @@ def _ninja_on_path() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold a file lock where the file system has them; after LOCK_SECONDS, or without locks, go on
     without."""
     import fcntl

@@ -1,18 +1,39 @@
 """The kernel source on a GPU: compiled by CuPy at run time, launched on torch's current stream, without
-copies."""
+copies.
+
+What CuPy compiles lies below the cache folder of the kernels, in a folder for each architecture, unless
+CUPY_CACHE_DIR says else: CuPy's own place is the home folder, which may be read-only. One process compiles a
+module while the others of the machine wait for it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scalesnn.kernels.build import cache_folder, lock, reason
 from scalesnn.kernels.source import STEPS, fields, symbol, variant_source
 
-__all__ = ["HAS_CUPY", "OPTIONS", "THREADS", "available", "call", "launch_grid", "slabs_for", "variant_of"]
+__all__ = [
+    "HAS_CUPY",
+    "OPTIONS",
+    "THREADS",
+    "available",
+    "call",
+    "launch_grid",
+    "module_folder",
+    "slabs_for",
+    "variant_of",
+    "why_not",
+]
 
 THREADS = 256  # of a block, as in the kernel source
 OPTIONS = ("-std=c++17", "--fmad=false")  # no fused multiply-add: the CPU's and torch's arithmetic
@@ -30,10 +51,20 @@ def available() -> bool:
 def why_not() -> str | None:
     """Why there is no CuPy, in one line; None where there is."""
     try:
+        if "cupy" not in sys.modules:  # it makes its cache folder when it is imported
+            os.environ.setdefault("CUPY_CACHE_DIR", str(module_folder()))
         import cupy  # noqa: F401
     except Exception as error:  # a broken installation raises all kinds
-        return f"CuPy cannot be imported: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"CuPy cannot be imported: {reason(error)}"
     return None
+
+
+def module_folder() -> Path:
+    """Where compiled modules are kept: machines with unlike GPUs may share a home folder."""
+    architecture = "no-gpu"
+    if torch.cuda.is_available():
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return cache_folder() / "cupy" / architecture
 
 
 @cache
@@ -48,7 +79,12 @@ def _function(name: str, device: int, variant: tuple[Any, ...]) -> Any:
 def _module(device: int, variant: tuple[Any, ...]) -> Any:
     import cupy
 
-    return cupy.RawModule(code=variant_source(*variant), options=OPTIONS, backend="nvrtc")
+    code = variant_source(*variant)
+    module = cupy.RawModule(code=code, options=OPTIONS, backend="nvrtc")
+    key = hashlib.sha256(code.encode()).hexdigest()[:24]
+    with lock(cache_folder() / f"module_{key}.lock"):
+        module.compile()  # or takes what another process has compiled
+    return module
 
 
 def slabs_for(channels: int, inner: int, size: int, multiprocessors: int) -> int:

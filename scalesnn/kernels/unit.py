@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from scalesnn.kernels import cpu, cuda, launch, ops, spikes
-from scalesnn.kernels.source import IDENTITY, surrogate_key
+from scalesnn.kernels import cpu, cuda, launch, ops, self_check, spikes
+from scalesnn.kernels.source import IDENTITY, SCALARS, surrogate_key
 
 __all__ = [
     "NeuronParameters",
@@ -74,7 +74,11 @@ def usable(x: Tensor, backend: str) -> bool:
         reason = why_not_cupy(x)
         if reason is not None:
             raise ValueError(reason)
-    return x.dim() > 0 and launch.available(x.device, x.dtype)
+    if x.dim() == 0 or not launch.available(x.device, x.dtype):
+        return False
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return True
+    return self_check.problem(x.device, x.dtype) is None
 
 
 def why_not_cupy(x: Tensor) -> str | None:
@@ -82,6 +86,8 @@ def why_not_cupy(x: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"backend 'cupy' needs CUDA tensors, got one on {x.device}: backend 'auto' runs everywhere"
     reason = cuda.why_not()
+    if reason is None and x.dtype in SCALARS and not torch.compiler.is_compiling():
+        reason = self_check.problem(x.device, x.dtype)
     return None if reason is None else f"backend 'cupy': {reason}; backend 'auto' runs without it"
 
 
@@ -90,7 +96,8 @@ def log_backend(name: str, device_type: str) -> None:
     """Log once which backend neurons use on a kind of device, and warn of plain torch on a GPU."""
     logger.info("neurons on %s: %s", device_type, name)
     if device_type == "cuda" and name == "torch":
-        reason = cuda.why_not() or "this neuron or dtype has no fused kernel, or backend 'torch' was chosen"
+        reason = cuda.why_not() or self_check.why_given_up()
+        reason = reason or "this neuron or dtype has no fused kernel, or backend 'torch' was chosen"
         logger.warning(
             "neurons run in plain torch on the GPU: about 10 launches per time-step, and 17.6 instead of 4.1 "
             "bytes kept per neuron and time-step (%s)",

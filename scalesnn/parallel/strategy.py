@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scalesnn.base import UserError
+from scalesnn.kernels import self_check
 from scalesnn.parallel.devices import check_gpu, first_line, unusable_gpu
 from scalesnn.parallel.failure import FailureWatch
 from scalesnn.parallel.finite import PATIENCE, BatchMemory, NonFiniteLossError
@@ -122,7 +123,17 @@ class Strategy(StrategyState, ABC):
         if self.needs_process_group or self.world_size > 1:
             self.topology.export_environment()
             self._start_process_group()
+        if use_cuda:
+            self._agree_on_kernels()
         return self.device
+
+    def _agree_on_kernels(self) -> None:
+        """Where the fused kernels do not work on one rank's GPU, no rank uses them: fused and plain layers
+        make different collectives."""
+        reasons = (self_check.problem(self.device, dtype) for dtype in (torch.float32, torch.bfloat16))
+        for rank, reason in enumerate(self.gather_objects(next(filter(None, reasons), None))):
+            if reason is not None:
+                self_check.give_up(f"on rank {rank}: {reason}")
 
     def _start_process_group(self) -> None:
         if dist.is_initialized():
