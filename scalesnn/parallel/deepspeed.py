@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scalesnn.base import UserError
 from scalesnn.parallel.build_locks import clear_stale_locks
+from scalesnn.parallel.deepspeed_builds import build_problem, builder_of, use_writable_extensions_folder
 from scalesnn.parallel.deepspeed_config import read_config, resolve_config
 from scalesnn.parallel.deepspeed_names import check_names
 from scalesnn.parallel.state import Shard, shard_of, write_values
@@ -103,10 +104,8 @@ class DeepSpeedStrategy(Strategy):
 
         if super().amp_dtype is not None:
             self.config.setdefault("torch_autocast", {"enabled": True, "dtype": "bfloat16"})
+        self._settle_optimizer()
         own = self.config.get("optimizer")
-        if own and self.device.type == "cpu" and str(own.get("type")).lower() in ("adam", "adamw"):
-            # torch's: DeepSpeed would compile its own for minutes, which pays on a GPU or with offload only.
-            own.setdefault("params", {}).setdefault("torch_adam", True)
         client = make_optimizer(self.module)
         groups = [g for g in client.param_groups if g["params"]]
         self._groups = [[self._names[p] for p in group["params"]] for group in groups]
@@ -138,6 +137,41 @@ class DeepSpeedStrategy(Strategy):
             self.scheduler = EngineSchedule(self.engine.lr_scheduler)
         else:
             self.scheduler = make_scheduler(self.optimizer)
+
+    def _settle_optimizer(self) -> None:
+        """Where the JSON has an Adam that DeepSpeed cannot compile here, take torch's, on all ranks.
+
+        Raises:
+            UserError: another optimizer that it cannot compile, or ``"torch_adam": false`` in the JSON.
+        """
+        own = self.config.get("optimizer")
+        if not own:
+            return
+        kind = str(own.get("type"))
+        parameters = own["params"] = own.get("params") or {}
+        is_adam = kind.lower() in ("adam", "adamw")
+        if is_adam and self.device.type == "cpu":
+            parameters.setdefault(
+                "torch_adam", True
+            )  # compiling for minutes pays on a GPU or with offload only
+        builder = builder_of(self.config)
+        if builder is None:
+            return
+        reasons = self.gather_objects(build_problem(builder) if self.topology.local_rank == 0 else None)
+        reason = next(filter(None, reasons), None)
+        if reason is None:
+            return
+        if not is_adam or "torch_adam" in parameters:
+            raise UserError(
+                f"{self.args.deepspeed_config}: DeepSpeed cannot compile its {kind}: {reason}; leave the "
+                "optimizer out of the JSON and give --opt"
+            )
+        parameters["torch_adam"] = True
+        self.config["zero_force_ds_cpu_optimizer"] = False
+        if self.is_main:
+            self.notice(
+                f"DeepSpeed cannot compile its {kind} ({reason}): torch's is used, with the same results"
+            )
 
     def _broadcast_scalars(self) -> list[nn.Parameter]:
         """Take rank 0's scalar parameters (ParametricLIFNode's ``w``). DeepSpeed 0.19 cannot broadcast a
@@ -287,6 +321,7 @@ def import_deepspeed(*, verbose: bool) -> Any:
     """
     # Its run-time builds call `ninja`, which pip puts beside python: there too when no environment is
     # activated.
+    use_writable_extensions_folder()
     scripts = sysconfig.get_path("scripts")
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
