@@ -43,6 +43,7 @@ from scalesnn.training.checkpoint_storage import (
     SafetensorsWriter,
     ShardsSavePlanner,
 )
+from scalesnn.training.data_identity import check_data
 from scalesnn.training.random_state import random_state, restore_random_state
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class CheckpointManager:
         keep: how many of the newest to keep, besides the best.
         ema: averaged weights, saved along with the rest.
         background: write in a thread while training goes on; values are copied to the CPU first.
-        notice: told of a damaged checkpoint (rank 0).
+        notice: told of a damaged checkpoint and of changed data (rank 0).
+        data: what the run trains on (``describe_data``), kept in each checkpoint and compared by ``load``.
     """
 
     def __init__(
@@ -113,8 +115,10 @@ class CheckpointManager:
         ema: ModelEma | None = None,
         background: bool = False,
         notice: Callable[[str], None] | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self.data = data
         self.strategy, self.keep, self.ema = strategy, keep, ema
         self.background = background
         self.notice = notice or (lambda text: print(f"scalesnn: {text}", file=sys.stderr, flush=True))
@@ -154,6 +158,7 @@ class CheckpointManager:
             "train": state.plain,
             "ema": self.ema.plain() if self.ema is not None else None,
             "extra": dict(extra or {}),
+            "data": self.data,
             "world_size": self.strategy.world_size,
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         }
@@ -278,9 +283,13 @@ class CheckpointManager:
             where the run stands, and what was given to ``save`` as ``extra``.
 
         Raises:
-            UserError: there is none, it is damaged (for "latest": all are), or of another model or optimizer.
+            UserError: there is none, it is damaged (for "latest": all are), or of another model, optimizer or
+                other classes.
         """
         folder, index = self.find(which)
+        for text in check_data(index.plain.get("data"), self.data, str(folder)):
+            if self.strategy.is_main:
+                self.notice(text)
         try:
             self._load(folder, index)
         except StateLayoutError as error:

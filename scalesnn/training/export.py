@@ -4,7 +4,9 @@ strategy."""
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ def run_export(args: argparse.Namespace) -> int:
 def export(
     checkpoint: Path | str, output: Path | str, *, kind: str | None = None, ema: bool = False
 ) -> tuple[Path, int]:
-    """Write whole weights to one file.
+    """Write whole weights to one file, and the class names with them: as JSON in the safetensors metadata
+    "classes", or in a .pt file's ``_metadata["classes"]``.
 
     Args:
         checkpoint: a checkpoint's folder, a run's, or a pointer file.
@@ -65,13 +68,16 @@ def export(
         kind = "pt" if output.suffix in (".pt", ".pth") else "safetensors"
     folder = find_checkpoint(Path(checkpoint))
     weights = read_weights(folder, ema=ema)
+    classes = json.dumps((Index.read(folder).plain.get("data") or {}).get("classes", []))
     beside = output.with_name(f".{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if kind == "pt":
-            torch.save(weights, beside)
+            state = OrderedDict(weights)
+            setattr(state, "_metadata", {"": {"version": 1}, "classes": classes})  # noqa: B010  # as torch's
+            torch.save(state, beside)
         else:
-            save_file(weights, beside, metadata={"format": "pt"})
+            save_file(weights, beside, metadata={"format": "pt", "classes": classes})
         os.replace(beside, output)
     except (OSError, RuntimeError) as error:
         beside.unlink(missing_ok=True)

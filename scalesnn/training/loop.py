@@ -102,7 +102,7 @@ def train_one_epoch(
     model.train()
     run.averages = run.averages or Averages(NAMES, run.device)
     of_step = Averages(NAMES, run.device)
-    left = run.batches_per_epoch - progress.batch
+    left = max(0, run.batches_per_epoch - progress.batch)  # below 0 where images were removed
     for images, targets in timer.data(islice(loader.epoch(epoch, progress.batch), left)):
         learn = partial(forward_and_backward, trainer, model, criterion, images, targets)
         output_NK, loss = run.fallback.run(learn)  # again with less memory, where the first steps run out

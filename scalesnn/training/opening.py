@@ -21,6 +21,7 @@ from scalesnn.parallel.strategy import Strategy
 from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker, create_tracker
 from scalesnn.tracking.timer import peak_memory
 from scalesnn.training.checkpoint import CheckpointManager, Progress
+from scalesnn.training.data_identity import describe_data
 from scalesnn.training.ema import ModelEma, adjusted_decay
 from scalesnn.training.hang_watch import HangWatch
 from scalesnn.training.loop import NAMES, Run
@@ -158,6 +159,7 @@ def open_run(
         ema=ema,
         background=args.background_checkpoints,
         notice=notices.append,
+        data=describe_data(data),
     )
     extra: dict[str, Any] = {}
     progress = Progress(epoch=args.start_epoch)
