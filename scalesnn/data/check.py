@@ -100,7 +100,7 @@ def run_check(args: argparse.Namespace) -> int:
     root = Path(args.folder)
     if not root.is_dir():
         raise UserError(f"no folder {root}")
-    splits = find_layout(root).there or [root]
+    splits = list(find_layout(root).there.values()) or [root]
     target = Path(args.output) if args.output else root / BAD_LIST
     if not os.access(target.parent, os.W_OK):
         raise UserError(f"{target.parent} cannot be written to: name a file with --output")

@@ -105,7 +105,7 @@ class ImageIndex:
         names = [self.names[image] for image in chosen]
         if self.shard is None or self.offset is None or self.length is None:
             return ImageIndex(self.classes, self.labels[keep], names, self.root, left_out=self.left_out)
-        return ImageIndex(
+        return type(self)(
             self.classes,
             self.labels[keep],
             self.files,

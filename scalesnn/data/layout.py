@@ -1,7 +1,8 @@
-"""Where the splits of a data folder lie: DIR/train and DIR/val, or what SpikingJelly's data sets write.
+"""Where the splits of a data folder lie: DIR/train and DIR/val, or as SpikingJelly and Hugging Face do it.
 
 SpikingJelly integrates events into DIR/frames_number_T_split_by_number (or _time), with folders train and
-test (DVS128 Gesture, N-MNIST) or with class folders alone (CIFAR10-DVS, N-Caltech101).
+test (DVS128 Gesture, N-MNIST) or with class folders alone (CIFAR10-DVS, N-Caltech101). Hugging Face puts
+DIR/data/train-00000-of-00294.parquet, … and DIR/data/validation-00000-of-00014.parquet beside each other.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +19,12 @@ import numpy as np
 from scalesnn.base import UserError
 from scalesnn.data.index import ImageIndex, class_folders
 from scalesnn.data.listing import holds_frames, open_index
+from scalesnn.data.parquet import parquet_files
 
 __all__ = ["Layout", "find_layout", "hold_out", "open_splits"]
 
+_VALIDATION = ("val", "validation", "valid", "dev", "test")
+_FEW = 32  # folders to look into for parquet files: more of them are classes
 _FRAMES_FOLDER = re.compile(r"(frames_number|duration)_\d+.*")
 
 
@@ -28,7 +33,8 @@ class Layout:
     """Where to find the images.
 
     Attributes:
-        train, val: the splits' folders; the same where the data are not split, see ``hold_out``.
+        train, val: the splits' paths, see ``make_index``; the same where the data are not split, see
+            ``hold_out``.
         notices: what a user should know about the choice.
     """
 
@@ -37,33 +43,46 @@ class Layout:
     notices: tuple[str, ...] = ()
 
     @property
-    def there(self) -> list[Path]:
-        """The folders that exist, each once."""
-        return [folder for folder in dict.fromkeys((self.train, self.val)) if folder.is_dir()]
+    def there(self) -> dict[str, Path]:
+        """The splits that exist, each path once, by name: train, val."""
+        splits = {"val": self.val, "train": self.train}
+        paths = {path: name for name, path in splits.items() if path.is_dir() or parquet_files(path)}
+        return {paths[path]: path for path in (self.train, self.val) if path in paths}
 
 
 def find_layout(root: Path) -> Layout:
     """The splits of the folder ``root``; DIR/train and DIR/val where nothing else is found.
 
     Raises:
-        UserError: several folders of frames to choose from.
+        UserError: several folders to choose from.
     """
-    train, val = root / "train", root / "val"
-    if not train.is_dir():
-        integrated = sorted(e.name for e in class_folders(root) if _FRAMES_FOLDER.fullmatch(e.name))
-        if len(integrated) > 1:
-            raise UserError(f"{root} holds {', '.join(integrated)}: name one of them")
-        if integrated:
-            inner = find_layout(root / integrated[0])
-            return dataclasses.replace(
-                inner, notices=(f"the frames are those of {integrated[0]}", *inner.notices)
-            )
-        if holds_frames(root):
-            notice = f"{root} is not split: the last tenth of each class is for validation"
-            return Layout(root, root, (notice,))
-    if not val.is_dir() and holds_frames(train) and (root / "test").is_dir():
-        return Layout(train, root / "test", (f"validation is on {root / 'test'}",))
-    return Layout(train, val)
+    train = root / "train"
+    if train.is_dir():
+        if (root / "val").is_dir() or not (holds_frames(train) or parquet_files(train)):
+            return Layout(train, root / "val")
+        return _named(train, lambda path: path.is_dir())
+    if parquet_files(train):
+        return _named(train, lambda path: bool(parquet_files(path)))
+    folders = sorted(entry.name for entry in class_folders(root))
+    inner = [name for name in folders if _FRAMES_FOLDER.fullmatch(name)]
+    if not inner and len(folders) <= _FEW:
+        inner = [name for name in folders if parquet_files(root / name / "train")]
+    if len(inner) > 1:
+        raise UserError(f"{root} holds {', '.join(inner)}: name one of them")
+    if inner:
+        found = find_layout(root / inner[0])
+        return dataclasses.replace(found, notices=(f"the data are those of {inner[0]}", *found.notices))
+    if holds_frames(root):
+        return Layout(root, root, (f"{root} is not split: the last tenth of each class is for validation",))
+    return Layout(train, root / "val")
+
+
+def _named(train: Path, there: Callable[[Path], bool]) -> Layout:
+    """``train`` with the first of the names that a validation split may have."""
+    val = next((train.with_name(name) for name in _VALIDATION if there(train.with_name(name))), None)
+    if val is None:
+        return Layout(train, train.with_name("val"))
+    return Layout(train, val, () if val.name == "val" else (f"validation is on {val}",))
 
 
 def open_splits(layout: Layout, cache: Path | None = None) -> tuple[ImageIndex, ImageIndex]:

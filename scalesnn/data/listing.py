@@ -14,6 +14,7 @@ import numpy as np
 
 from scalesnn.base import UserError
 from scalesnn.data.index import IMAGE_EXTENSIONS, ImageIndex, class_folders, index_folder
+from scalesnn.data.parquet import ParquetIndex, index_parquet, parquet_files
 from scalesnn.data.shards import compressed_shards, find_shards, index_shards, looks_like_shard
 from scalesnn.data.walking import is_hidden, printable, state_of
 
@@ -26,6 +27,7 @@ __all__ = [
     "open_index",
     "read_bad_list",
     "store_index",
+    "stored_beside",
 ]
 
 BAD_LIST = "bad-images.txt"
@@ -45,11 +47,15 @@ def make_index(root: Path, classes: list[str] | None = None) -> ImageIndex:
         UserError: nothing there, or classes that do not fit; see index_folder and index_shards.
     """
     if not root.is_dir():
-        return index_folder(root, classes, IMAGE_EXTENSIONS)
+        files = parquet_files(root)
+        return index_parquet(root, files, classes) if files else index_folder(root, classes)
     found = find_shards(root)
     folders = class_folders(root)
     if found is not None and not _prefer_folders(root, *found, [entry.name for entry in folders]):
-        return index_shards(root, *found, classes)
+        kind, shards = found
+        if kind == "parquet":
+            return index_parquet(root, shards, classes)
+        return index_shards(root, kind, shards, classes)
     if not folders and (compressed := compressed_shards(root)):
         raise UserError(
             f"{compressed[0]} is compressed, and images are read from the middle of shards: uncompress it"
@@ -104,7 +110,7 @@ def _first_extension(folder: str) -> str:
 
 def _top(root: Path) -> list[str]:
     """The names in ``root`` that a listing looks at; the stored list itself is none of them."""
-    return sorted(entry for entry in os.listdir(root) if not entry.startswith(STORED_INDEX))
+    return sorted(entry for entry in os.listdir(root) if not entry.startswith(STORED_INDEX[:-4]))
 
 
 def _stamp(root: Path, sources: dict[str, str]) -> str:
@@ -126,6 +132,11 @@ def _as_bytes(names: list[str]) -> np.ndarray:
 
 def _as_list(stored: np.ndarray) -> list[str]:
     return stored.tobytes().decode("utf-8", "surrogateescape").split("\0")
+
+
+def stored_beside(root: Path) -> Path:
+    """Where `scalesnn data index` stores the list of a split: in its folder, or beside its parquet files."""
+    return root / STORED_INDEX if root.is_dir() else root.parent / f"{STORED_INDEX[:-4]}-{root.name}.npz"
 
 
 def store_index(index: ImageIndex, target: Path) -> None:
@@ -155,10 +166,12 @@ def _stored(root: Path, source: Path) -> ImageIndex | None:
             if not _fits(root, _as_list(stored["stamp"])[0]):
                 return None
             in_shards = "shard" in stored
-            index = ImageIndex(
+            files = _as_list(stored["files"])
+            kind = ParquetIndex if in_shards and files[0].endswith(".parquet") else ImageIndex
+            index = kind(
                 _as_list(stored["classes"]),
                 stored["labels"],
-                _as_list(stored["files"]),
+                files,
                 root,
                 names=_as_list(stored["names"]) if in_shards else None,
                 shard=stored["shard"] if in_shards else None,
@@ -187,9 +200,10 @@ def open_index(root: Path, classes: list[str] | None = None, cache: Path | None 
         if cache
         else None
     )
-    if root.is_dir():
-        for source in (root / STORED_INDEX, kept):
-            index = _stored(root, source) if source is not None else None
+    folder = root if root.is_dir() else root.parent
+    if folder.is_dir():
+        for source in (stored_beside(root), kept):
+            index = _stored(folder, source) if source is not None else None
             if index is not None and classes in (None, index.classes):
                 return index
     index = make_index(root, classes)

@@ -16,7 +16,8 @@ import numpy as np
 from scalesnn.base import UserError
 from scalesnn.data.index import ImageIndex
 from scalesnn.data.layout import find_layout
-from scalesnn.data.listing import STORED_INDEX, is_frames, make_index, store_index
+from scalesnn.data.listing import is_frames, make_index, store_index, stored_beside
+from scalesnn.data.parquet import ParquetIndex
 from scalesnn.data.sampling import random_permutation
 from scalesnn.data.shards import CLASSES_FILE
 
@@ -40,7 +41,7 @@ def pack_split(index: ImageIndex, target: Path, shard_bytes: int, progress: bool
     """Write the images of ``index`` as WebDataset shards shard-NNNNNN.tar into the new folder ``target``.
 
     Images are shuffled once, so that a reader that goes through shards in order does not see one class after
-    the other; scalesnn itself does not need that.
+    the other; scalesnn itself does not need that. Those of parquet files keep their order.
 
     Args:
         index: the images.
@@ -59,7 +60,8 @@ def pack_split(index: ImageIndex, target: Path, shard_bytes: int, progress: bool
     target.mkdir(parents=True, exist_ok=True)
     if any(target.iterdir()):
         raise UserError(f"{target} is not empty")
-    order = random_permutation(0, 0, len(index))
+    in_order = isinstance(index, ParquetIndex)  # whose images are quick to read in groups only
+    order = np.arange(len(index)) if in_order else random_permutation(0, 0, len(index))
     shards = 0
     members = track(_members(index, order), target.name, total=len(index), disable=not progress)
     rest = iter(members)
@@ -76,8 +78,8 @@ def pack_split(index: ImageIndex, target: Path, shard_bytes: int, progress: bool
     return shards
 
 
-def _splits(root: Path) -> list[Path]:
-    """The folders of the splits, those that are there.
+def _splits(root: Path) -> dict[str, Path]:
+    """The splits that are there, by name: train, val.
 
     Raises:
         UserError: neither is.
@@ -96,14 +98,14 @@ def run_pack(args: argparse.Namespace) -> int:
     if args.shard_size < 1:
         raise UserError(f"--shard-size must be at least 1, got {args.shard_size}")
     classes: list[str] | None = None
-    for split in _splits(source):
+    for name, split in _splits(source).items():
         index = make_index(split, classes)
         if is_frames(index):
             raise UserError(f"{split} holds event frames: pack is for images")
         classes = classes or index.classes
-        shards = pack_split(index, target / split.name, args.shard_size * 2**20, not args.quiet)
+        shards = pack_split(index, target / name, args.shard_size * 2**20, not args.quiet)
         index.close()
-        print(*index.left_out, f"{len(index)} images in {shards} shards in {target / split.name}", sep="\n")
+        print(*index.left_out, f"{len(index)} images in {shards} shards in {target / name}", sep="\n")
     assert classes is not None
     (target / CLASSES_FILE).write_text("\n".join(classes) + "\n", encoding="utf-8")
     _store(target)
@@ -113,14 +115,14 @@ def run_pack(args: argparse.Namespace) -> int:
 def _store(root: Path) -> None:
     """Store the index of each split of ``root`` beside its files."""
     classes: list[str] | None = None
-    for split in _splits(root):
+    for split in _splits(root).values():
         index = make_index(split, classes)
         classes = classes or index.classes
         try:
-            store_index(index, split / STORED_INDEX)
+            store_index(index, stored_beside(split))
         except OSError as error:
             raise UserError(
-                f"{split / STORED_INDEX} cannot be written ({error.strerror}): train with --cache-dataset, "
+                f"{stored_beside(split)} cannot be written ({error.strerror}): train with --cache-dataset, "
                 "which keeps the list beside the run"
             ) from error
         print(*index.left_out, f"{split}: {len(index)} images of {len(index.classes)} classes", sep="\n")

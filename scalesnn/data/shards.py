@@ -30,10 +30,12 @@ from scalesnn.data.walking import HIDDEN, LeftOut, is_folder, is_hidden, state_o
 
 __all__ = [
     "CLASSES_FILE",
+    "beside_shards",
     "compressed_shards",
     "find_shards",
     "index_shards",
     "looks_like_shard",
+    "place_labels",
     "read_classes",
 ]
 
@@ -54,12 +56,13 @@ _COMPRESSIONS = {
 
 
 def find_shards(folder: Path) -> tuple[str, list[Path]] | None:
-    """The format ("tar", "tfrecord" or "recordio") and shards of a split's folder; None where it has no
-    shards."""
+    """The format ("tar", "tfrecord", "recordio" or "parquet") and shards of a split's folder; None where it
+    has no shards."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and not is_hidden(file.name))
     groups = {
         "tar": [file for file in files if file.suffix == ".tar"],
         "recordio": [file for file in files if file.suffix == ".rec"],
+        "parquet": [file for file in files if file.suffix == ".parquet"],
         "tfrecord": [file for file in files if file.suffix != ".idx" and _TFRECORD_NAME.fullmatch(file.name)],
     }
     for kind, shards in groups.items():
@@ -86,6 +89,8 @@ def looks_like_shard(kind: str, shard: Path) -> bool:
         return tarfile.is_tarfile(shard)
     with open(shard, "rb") as file:
         first = file.read(8)
+    if kind == "parquet":
+        return first.startswith(b"PAR1")
     if kind == "recordio":
         return first.startswith(struct.pack("<I", _RECORDIO_MAGIC))
     return len(first) == 8 and int.from_bytes(first, "little") + 16 <= shard.stat().st_size
@@ -108,7 +113,7 @@ def index_shards(root: Path, kind: str, shards: list[Path], classes: list[str] |
         os.path.relpath(path, root): state_of(str(path), settle=True)
         for path in (root.parent / CLASSES_FILE, *shards, *indexes)
     }
-    left_out = _beside_shards(root, {shard.name for shard in shards})
+    left_out = beside_shards(root, {shard.name for shard in shards})
     with ThreadPoolExecutor(min(16, len(shards))) as pool:
         walked = list(pool.map(lambda shard: _listed(walk, shard), shards))
     for _, more in walked:
@@ -118,7 +123,7 @@ def index_shards(root: Path, kind: str, shards: list[Path], classes: list[str] |
     labels = np.array([entry.label for entries in lists for entry in entries], np.int64)
     if not len(labels):
         raise UserError("; ".join([f"no image in the {kind} shards of {root}", *remarks]))
-    names, labels = _classes(root, labels, classes)
+    names, labels = place_labels(root, labels, classes)
     counts = [len(entries) for entries in lists]
     return ImageIndex(
         names,
@@ -134,7 +139,7 @@ def index_shards(root: Path, kind: str, shards: list[Path], classes: list[str] |
     )
 
 
-def _beside_shards(root: Path, shards: set[str]) -> LeftOut:
+def beside_shards(root: Path, shards: set[str]) -> LeftOut:
     """What lies beside the shards of a split and is neither one of them nor an index of them."""
     found = LeftOut()
     with os.scandir(root) as entries:
@@ -164,16 +169,30 @@ def read_classes(path: Path) -> list[str]:
     return names
 
 
-def _classes(root: Path, labels: np.ndarray, classes: list[str] | None) -> tuple[list[str], np.ndarray]:
-    """Class names, and labels as places in them."""
+def place_labels(
+    root: Path, labels: np.ndarray, classes: list[str] | None, named: list[str] | None = None
+) -> tuple[list[str], np.ndarray]:
+    """Class names, and labels as places in them.
+
+    Args:
+        root: the split's folder; classes.txt is looked for beside it.
+        labels: the numbers that stand in the shards.
+        classes: the classes of the training split, where this is the validation split.
+        named: the classes that the shards name themselves.
+
+    Raises:
+        UserError: labels without a name, or other classes than the training split's.
+    """
     listed = root.parent / CLASSES_FILE
-    if listed.is_file():
-        names = read_classes(listed)
+    names = read_classes(listed) if listed.is_file() else named
+    if names is not None:
         if labels.max() >= len(names):
-            raise UserError(
-                f"{root}: labels run from {labels.min()} to {labels.max()}, "
-                f"but {listed} has {len(names)} lines"
+            where = (
+                f"{listed} has {len(names)} lines" if listed.is_file() else f"{len(names)} classes are named"
             )
+            raise UserError(f"{root}: labels run from {labels.min()} to {labels.max()}, but {where}")
+        if classes not in (None, names):
+            raise UserError(f"{root} names other classes than the training images")
         return names, labels
     if classes is None:
         different, places = np.unique(labels, return_inverse=True)
