@@ -57,6 +57,8 @@ def find_layout(root: Path) -> Layout:
         UserError: several folders to choose from.
     """
     train = root / "train"
+    if not root.is_dir():
+        return Layout(train, root / "val")
     if train.is_dir():
         if (root / "val").is_dir() or not (holds_frames(train) or parquet_files(train)):
             return Layout(train, root / "val")

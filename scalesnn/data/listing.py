@@ -26,6 +26,7 @@ __all__ = [
     "make_index",
     "open_index",
     "read_bad_list",
+    "shards_of",
     "store_index",
     "stored_beside",
 ]
@@ -92,6 +93,15 @@ def _holds(folder: Path, extensions: tuple[str, ...]) -> bool:
         for _, _, names in os.walk(folder)
         for name in names
     )
+
+
+def shards_of(root: Path) -> list[Path]:
+    """The shards or parquet files that ``make_index(root)`` would look at; none for class folders."""
+    if not root.is_dir():
+        return parquet_files(root)
+    found = find_shards(root)
+    folders = [entry.name for entry in class_folders(root)]
+    return [] if found is None or _prefer_folders(root, *found, folders) else found[1]
 
 
 def holds_frames(root: Path) -> bool:

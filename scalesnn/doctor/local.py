@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scalesnn.base import UserError
+from scalesnn.data.layout import find_layout
+from scalesnn.data.listing import shards_of
 from scalesnn.doctor.findings import Report
 from scalesnn.parallel.devices import unusable_gpu
 from scalesnn.parallel.topology import Topology
@@ -182,10 +185,19 @@ def check_kernels(report: Report, topology: Topology, settings: Settings) -> Non
 def check_data(report: Report, topology: Topology, settings: Settings) -> None:
     """The folder of images: there, readable, and a fingerprint of it for the other nodes."""
     root = Path(str(settings.data_path)).expanduser()
-    digest, count = hashlib.sha256(), {}
-    for split in ("train", "val"):
-        folder = root / split
+    digest, what = hashlib.sha256(), "0 classes"
+    try:
+        layout = find_layout(root)
+        shards = {folder: shards_of(folder) for folder in (layout.train, layout.val)}
+    except UserError as error:
+        report.add("data", "fail", str(error), "give the folder itself with --data-path")
+        return
+    for split, folder in (("train", layout.train), ("val", layout.val)):
         try:
+            if shards[folder]:
+                digest.update(repr([(file.name, file.stat().st_size) for file in shards[folder]]).encode())
+                what = f"{len(shards[folder])} shards" if split == "train" else what
+                continue
             classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         except OSError as error:
             report.add("data", "fail", f"{folder}: {error.strerror}",
@@ -198,7 +210,7 @@ def check_data(report: Report, topology: Topology, settings: Settings) -> None:
             )
             continue
         digest.update(repr((split, classes)).encode())
-        count[split] = len(classes)
+        what = f"{len(classes)} classes" if split == "train" else what
         for name in classes[:: max(1, len(classes) // SAMPLED_CLASSES)]:
             try:
                 files = sorted(entry.name for entry in os.scandir(folder / name))
@@ -209,7 +221,7 @@ def check_data(report: Report, topology: Topology, settings: Settings) -> None:
                 report.add("data", "fail", f"{folder / name}: {error.strerror or error}",
                            "repair or copy it again; `scalesnn data check` looks at every file")  # fmt: skip
                 break
-    report.facts["data"] = digest.hexdigest()[:12] + f" ({count.get('train', 0)} classes)"
+    report.facts["data"] = digest.hexdigest()[:12] + f" ({what})"
 
 
 def check_output(report: Report, topology: Topology, settings: Settings) -> None:

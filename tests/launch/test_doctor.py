@@ -418,3 +418,13 @@ def test_a_rank_that_is_late_is_waited_for():
     seen = together.wait_for_all(store, "first", 3, 1.5)
     thread.join()
     assert seen == [2]
+
+
+def test_data_in_shards_are_looked_at(images, tmp_path):
+    from scalesnn.cli import main
+
+    assert main(["data", "pack", str(images), str(tmp_path / "packed"), "--quiet"]) == 0
+    report = examine_one(local.check_data, Settings(data_path=str(tmp_path / "packed")))
+    assert "1 shards" in report.facts["data"]
+    (tmp_path / "packed/val/shard-000000.tar").unlink()
+    assert found(examine_one(local.check_data, Settings(data_path=str(tmp_path / "packed"))), "data")
