@@ -1,11 +1,14 @@
-"""Time of one fp32 training step on the CPU: spiking_resnet18 of scalesnn and of SpikingJelly, and
-torchvision's ResNet-18 on the same T × N images, in turn, each in a process of its own.
+"""Time of one fp32 training step on the CPU in a loop of one's own: nets of scalesnn and of SpikingJelly, and
+torchvision's ANN on the same T × N images, in turn, each in a process of its own.
 
-    python benchmarks/step_time.py --T 8 --batch-size 2 --size 128 --rounds 3
+    python benchmarks/step_time.py --nets spiking_resnet18 spiking_resnet50 --T 8 --batch-size 2 --size 128
 
-Every process is set up as users have it: scalesnn as its Trainer sets the allocator
-(``memory.use_arena``), the others as they are; one more contender is scalesnn without that.
-Writes benchmarks/results/step_time.json: the times, and the medians of the ratios of a round.
+"own loop" is what anybody writes: a net of scalesnn.model, images as they come (contiguous), forward, loss,
+backward, ``functional.reset_net``; no Trainer, no other allocator, no memory format asked for. The step of the
+optimizer is the same for all and left out.
+
+Writes benchmarks/results/step_time.json: wall-clock and CPU seconds of every step (CPU seconds of all threads,
+which hardly notice other processes on the machine), and the medians of the ratios of a round.
 """
 
 from __future__ import annotations
@@ -15,27 +18,24 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import in_turn, machine, make_ours, make_spikingjelly, save, static_images, training_step
 
-CONTENDERS = (
-    "scalesnn",
-    "spikingjelly",
-    "scalesnn, contiguous",
-    "scalesnn, system allocator",
-    "torchvision resnet18",
-)
+KINDS = ("own loop", "spikingjelly", "torchvision")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def stepper(name: str, args: argparse.Namespace) -> Callable[[], object]:
+def stepper(kind: str, net: str, args: argparse.Namespace) -> Callable[[], object]:
     """What is timed of a contender."""
-    last = name != "spikingjelly" and name != "scalesnn, contiguous"
-    x, y = static_images(args.T, args.batch_size, args.size, channels_last=last)
-    if name == "torchvision resnet18":
+    x, y = static_images(args.T, args.batch_size, args.size)
+    if kind == "torchvision":
         import torchvision
 
-        ann = torchvision.models.resnet18().to(memory_format=torch.channels_last)
+        ann = getattr(torchvision.models, net.removeprefix("spiking_"))().to(
+            memory_format=torch.channels_last
+        )
         images = torch.randn(args.T * args.batch_size, 3, args.size, args.size)
         images = images.contiguous(memory_format=torch.channels_last)
 
@@ -44,30 +44,47 @@ def stepper(name: str, args: argparse.Namespace) -> Callable[[], object]:
             torch.nn.functional.cross_entropy(ann(images), y.repeat(args.T)).backward()
 
         return step
-    if name == "spikingjelly":
+    if kind == "spikingjelly":
         from spikingjelly.activation_based import functional as peer
 
-        model = make_spikingjelly()
+        model = make_spikingjelly(net)
         return lambda: training_step(model, x, y, peer.reset_net)
     from scalesnn import functional
-    from scalesnn.memory import use_arena
 
-    if name != "scalesnn, system allocator":
-        use_arena()
-    own = make_ours()
-    if last:
-        own = own.to(memory_format=torch.channels_last)
+    own = make_ours(net)
     return lambda: training_step(own, x, y, functional.reset_net)
 
 
-def measure(name: str, args: argparse.Namespace) -> list[float]:
-    """Seconds of the steps after two that warm up."""
-    step, times = stepper(name, args), []
+def measure(contender: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of the steps after two that warm up, by each clock."""
+    torch.set_num_threads(args.threads)
+    kind, net = contender.split(", ")
+    step = stepper(kind, net, args)
+    times: dict[str, list[float]] = {clock: [] for clock in CLOCKS}
     for _ in range(2 + args.steps):
-        start = time.perf_counter()
+        start = {clock: read() for clock, read in CLOCKS.items()}
         step()
-        times.append(time.perf_counter() - start)
-    return times[2:]
+        for clock, read in CLOCKS.items():
+            times[clock].append(read() - start[clock])
+    return {clock: seconds[2:] for clock, seconds in times.items()}
+
+
+def compare(net: str, results: dict[str, list[Any]]) -> dict[str, dict[str, float]]:
+    """How many times as fast as SpikingJelly each contender is, by each clock; printed too."""
+    ratios: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        ratios[kind] = {}
+        for clock in CLOCKS:
+            own, peer = (
+                [statistics.median(steps[clock]) for steps in results[f"{k}, {net}"]]
+                for k in (kind, "spikingjelly")
+            )
+            ratios[kind][clock] = statistics.median(p / o for p, o in zip(peer, own, strict=True))
+            print(
+                f"{net:18} {kind:14} {clock:4} {statistics.median(own):.3f} s, "
+                f"{ratios[kind][clock]:.2f} x as fast as SpikingJelly"
+            )
+    return ratios
 
 
 def main() -> None:
@@ -75,30 +92,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--nets", nargs="+", default=["spiking_resnet18", "spiking_resnet50"])
     parser.add_argument("--T", type=int, default=8, help="time-steps")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--size", type=int, default=128, help="height and width of the images")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of a process")
-    parser.add_argument("--only", choices=CONTENDERS, help="measure one in this process")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a process")
+    parser.add_argument("--only", help="measure one in this process: 'KIND, NET'")
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args.only, args)))
         return
-    times = in_turn(__file__, CONTENDERS, args.rounds)
-    medians = {name: [statistics.median(steps) for steps in rounds] for name, rounds in times.items()}
-    ratios = {
-        name: statistics.median(
-            peer / own for peer, own in zip(medians["spikingjelly"], medians[name], strict=True)
-        )
-        for name in CONTENDERS
-    }
-    for name, ratio in ratios.items():
-        print(f"{name:28} {min(medians[name]):.3f} s, {ratio:.2f} x as fast as SpikingJelly")
-    save(
-        "step_time",
-        {"machine": machine(), "arguments": vars(args), "seconds": times, "times_as_fast": ratios},
-    )
+    results = in_turn(__file__, [f"{kind}, {net}" for net in args.nets for kind in KINDS], args.rounds)
+    ratios = {net: compare(net, results) for net in args.nets}
+    record = {"machine": machine(), "arguments": vars(args), "times_as_fast": ratios, "seconds": results}
+    save("step_time", record)
 
 
 if __name__ == "__main__":

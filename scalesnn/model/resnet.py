@@ -262,7 +262,10 @@ class ResNet(nn.Module):
         """Kaiming convolutions; BN as torch has it (weight 1, bias 0), or weight 0 at the end of a branch."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                # drawn in row-major order: the same numbers whatever the weight's format
+                values = torch.empty_like(module.weight, memory_format=torch.contiguous_format)
+                nn.init.kaiming_normal_(values, mode="fan_out", nonlinearity="relu")
+                module.weight.data.copy_(values)
             elif zero_init_residual and isinstance(module, _Block):
                 last = "bn3" if isinstance(module, Bottleneck) else "bn2"
                 nn.init.zeros_(module.get_parameter(f"{last}.weight"))

@@ -112,6 +112,7 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> t
         strategy.world_size,
         trainer.device,
     )
+    # scalesnn's convolutions are channels_last by themselves; torch's, in a net of the user's own, are not
     return model.to(memory_format=torch.channels_last), prepared
 
 

@@ -148,6 +148,7 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
         lambda m: make_optimizer(args, m),
         lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=5),
     )
+    formats = watch_formats(net)
     ema = ModelEma(strategy, 0.8, steps=2) if cell.get("ema", True) else None
     folder = Path(cell["folder"]) if "folder" in cell else Path("unused")
     manager = CheckpointManager(
@@ -208,6 +209,7 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     manager.wait()
     found: dict[str, Any] = {"losses": losses, "norms": norms, "extra": extra, "steps": progress.step}
     found["layer_norms"] = layer_norms
+    found["formats"] = formats
     found["lr"] = strategy.optimizer.param_groups[0]["lr"]
     state = strategy.full_model_state()
     found["weights"] = digest(state)
@@ -223,6 +225,21 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     found["optimizer_numel"] = sum(s.values.numel() for s in strategy.optimizer_shards().values())
     if hasattr(strategy, "engine"):
         strategy.engine.destroy()
+    return found
+
+
+def watch_formats(net: nn.Module) -> dict[str, bool]:
+    """For every convolution, whether the output of its first call is channels_last."""
+    found: dict[str, bool] = {}
+    handles: dict[str, Any] = {}
+    for name, module in net.named_modules():
+        if isinstance(module, layer.Conv2d):
+
+            def look(module: Any, inputs: Any, y: Tensor, name: str = name) -> None:
+                found.setdefault(name, y[0].is_contiguous(memory_format=torch.channels_last))
+                handles[name].remove()
+
+            handles[name] = module.register_forward_hook(look)
     return found
 
 

@@ -41,6 +41,14 @@ def test_float32_trace_on_two_ranks_is_that_of_one_process(runs: dict[str, Any])
     assert_same_trace(runs["ddp"]["losses"], runs["single float32"]["losses"], 1e-6)
 
 
+@pytest.mark.parametrize("name", ["single float32", "ddp", *ZERO, "fsdp", "hsdp float64"])
+def test_plain_images_are_trained_on_in_channels_last(runs: dict[str, Any], name: str) -> None:
+    # FSDP2's shards and ZeRO's flat buffers give weights in row-major order.
+    formats = runs[name]["formats"]
+    assert len(formats) == 5
+    assert [module for module, last in formats.items() if not last] == []
+
+
 def test_batchnorm_of_torch_is_synchronised_too(runs: dict[str, Any]) -> None:
     found, single = runs["ddp torch"], runs["single torch"]
     assert_same_trace(found["losses"], single["losses"], 1e-12)
