@@ -4,11 +4,11 @@ torchvision's ANN on the same T × N images, in turn, each in a process of its o
     python benchmarks/step_time.py --nets spiking_resnet18 spiking_resnet50 --T 8 --batch-size 2 --size 128
 
 "own loop" is what anybody writes: a net of scalesnn.model, images as they come (contiguous), forward, loss,
-backward, ``functional.reset_net``; no Trainer, no other allocator, no memory format asked for. The step of the
-optimizer is the same for all and left out.
+backward, ``functional.reset_net``; no Trainer, no other allocator, no memory format asked for. The
+optimizer's step is the same for all and left out.
 
-Writes benchmarks/results/step_time.json: wall-clock and CPU seconds of every step (CPU seconds of all threads,
-which hardly notice other processes on the machine), and the medians of the ratios of a round.
+Writes benchmarks/results/step_time.json: wall-clock and CPU seconds (of all threads) of every
+step, and the medians of the ratios of a round.
 """
 
 from __future__ import annotations
