@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +42,27 @@ from scalesnn.training.hook_checks import check_hooks, check_optimizer, check_sc
 from scalesnn.training.loop import Run
 from scalesnn.training.metrics import accuracy
 from scalesnn.training.opening import (
+    FinishedRun,
     build_model,
     build_optimizer,
+    check_work,
     choose_run_folder,
     open_run,
     set_deterministic,
+    take_settings,
 )
 from scalesnn.training.optimizers import make_optimizer, make_scheduler
-from scalesnn.training.preemption import Preemption, add_preemption_arguments
+from scalesnn.training.preemption import Preemption, StoppedBySignalError, add_preemption_arguments
+from scalesnn.training.random_state import random_state, restore_random_state
 from scalesnn.training.rank_logs import RankLog
+from scalesnn.training.run_name import default_name
 from scalesnn.training.sample_recipe import take_sample_recipe
 from scalesnn.training.summary import introduce
 from scalesnn.training.user_data import as_data
+
+if TYPE_CHECKING:
+    from scalesnn.parallel.strategy import Strategy
+    from scalesnn.training.run_folder import RunFolder
 
 __all__ = ["Trainer", "set_deterministic"]
 
@@ -168,13 +178,8 @@ class Trainer:
         """Called before an evaluation."""
 
     def get_tb_logdir_name(self, args: Any) -> str:
-        """The name of the run's folder, made of the settings that tell runs apart."""
-        return (
-            f"{args.model}_b{args.batch_size}_e{args.epochs}_{args.opt}_lr{args.lr}_wd{args.weight_decay}"
-            f"_ls{args.label_smoothing}_ma{args.mixup_alpha}_ca{args.cutmix_alpha}_sbn{int(args.sync_bn)}"
-            f"_ra{args.ra_reps if args.ra_sampler else 0}_re{args.random_erase}_aaug{args.auto_augment}"
-            f"_size{args.train_crop_size}_{args.val_resize_size}_{args.val_crop_size}_seed{args.seed}"
-        )
+        """The name of the run's folder: model, what differs from the defaults, and a hash of all of it."""
+        return default_name(args, self.get_args_parser())
 
     def train_one_epoch(
         self,
@@ -254,41 +259,69 @@ class Trainer:
             use_arena()
         if args.preflight:
             run_preflight(args, self.topology, strategy.store)
-        folder = choose_run_folder(self, args, strategy)
-        if args.print_logdir:
-            if strategy.is_main:
-                print(folder / "tb", folder / "checkpoints", sep="\n")
-            return
         with ExitStack() as stack:
+            chosen = choose_run_folder(self, args, strategy)
+            folder = chosen.path
+            if chosen.lock is not None:
+                stack.callback(chosen.lock.release)
+            if args.print_logdir:
+                if strategy.is_main:
+                    print(folder / "tb", folder / "checkpoints", sep="\n")
+                return
             if not args.test_only:
                 stack.enter_context(RankLog(folder, strategy.rank))
             preemption = Preemption(max_requeues=args.max_requeues, requeue=not args.no_requeue)
             stack.enter_context(preemption)
-            watch = HangWatch(args.hang_timeout, folder, strategy.rank, strategy.world_size)
-            data = as_data(self.load_data(args), args, self.device)
-            data.notices.extend(said)
-            stack.callback(data.close)
-            model, memory = build_model(self, args, data, strategy)
-            introduce(self, args, folder, data, model, strategy)
-            strategy.prepare(
-                model,
-                lambda network: build_optimizer(self, args, network),
-                lambda optimizer: self.set_lr_scheduler(args, optimizer),
-            )
-            self.run = open_run(args, folder, strategy, data, memory, preemption, watch)
-            stack.callback(self.run.tracker.close, {"state": "failed"})  # unless it is closed by then
-            stack.callback(self.run.profiler.close)
-            stack.enter_context(watch)
-            code = self._test(args) if args.test_only else self._train(args)
+            try:
+                with preemption.at_once():
+                    self._open(args, chosen, strategy, preemption, stack, said)
+            except StoppedBySignalError:  # the other ranks may be anywhere: nothing collective from here on
+                raise SystemExit(preemption.finish(strategy, folder, None)) from None
+            except FinishedRun as finished:
+                if strategy.is_main:
+                    print(f"scalesnn: {finished}", flush=True)
+                code = 0
+            else:
+                code = self._test(args) if args.test_only else self._train(args)
         strategy.close()
         if code:
             raise SystemExit(code)
+
+    def _open(
+        self,
+        args: Any,
+        chosen: RunFolder,
+        strategy: Strategy,
+        preemption: Preemption,
+        stack: ExitStack,
+        said: list[str],
+    ) -> None:
+        """Open data, network and run; ``stack`` closes them. ``said``: notices of the shipped images."""
+        resumption = take_settings(self, args, chosen, strategy)
+        watch = HangWatch(args.hang_timeout, chosen.path, strategy.rank, strategy.world_size)
+        data = as_data(self.load_data(args), args, self.device)
+        stack.callback(data.close)
+        data.notices.extend(said if args.resume is None else [])
+        check_work(args, data, strategy)
+        model, memory = build_model(self, args, data, strategy)
+        introduce(self, args, chosen.path, data, model, strategy)
+        strategy.prepare(
+            model,
+            lambda network: build_optimizer(self, args, network),
+            lambda optimizer: self.set_lr_scheduler(args, optimizer),
+        )
+        self.run = open_run(args, chosen, resumption, strategy, data, memory, preemption, watch)
+        stack.callback(self.run.tracker.close, {"state": "failed"})  # unless it is closed by then
+        stack.callback(self.run.profiler.close)
+        stack.enter_context(watch)
 
     def _train(self, args: Any) -> int:
         """Epoch after epoch until --epochs, --max-steps or a signal; returns the exit code."""
         run, strategy = self.run, self.run.strategy
         criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         progress, train = run.progress, run.data.train
+        if run.unevaluated:  # the process before was stopped between saving and evaluating
+            self._evaluate_saved(args, criterion)
         while progress.epoch < args.epochs and not run.finished and not run.interrupted:
             epoch, steps_before = progress.epoch, progress.step
             self.before_train_one_epoch(args, strategy.model, epoch)
@@ -308,7 +341,9 @@ class Trainer:
                 progress.epoch, progress.batch, run.averages = epoch + 1, 0, None
             record = {"step": progress.step, "epoch": epoch}
             run.tracker.log_epoch({**record, "split": "train", "loss": loss, "acc1": acc1, "acc5": acc5})
-            run.save(is_best=self._evaluate_epoch(args, criterion, record))
+            run.unevaluated = record
+            run.save()
+            self._evaluate_saved(args, criterion)
         if run.interrupted:
             path = run.save()
             run.checkpoints.wait()
@@ -332,26 +367,42 @@ class Trainer:
             summary["replaced_images"] = replaced
         return {**summary, "latest_checkpoint": run.checkpoints.latest()}
 
-    def _evaluate_epoch(self, args: Any, criterion: nn.Module, record: dict[str, Any]) -> bool:
-        """Evaluate the weights, and their average where one is kept; whether they are the best so far."""
+    def _evaluate_saved(self, args: Any, criterion: nn.Module) -> None:
+        """Evaluate what was saved last, and mark it; after a signal the process that resumes does so."""
         run, progress = self.run, self.run.progress
+        assert run.unevaluated is not None
+        numbers = random_state()  # a run trains alike, whether its evaluations were cut short or not
+        accuracies = self._evaluate_epoch(args, criterion, run.unevaluated)
+        restore_random_state(numbers)
+        if accuracies is None:
+            return
+        best = accuracies[0] > progress.best_acc1
+        progress.best_acc1 = max(accuracies[0], progress.best_acc1)
+        progress.best_ema_acc1 = max(accuracies[1], progress.best_ema_acc1)
+        run.mark(is_best=best)
+
+    def _evaluate_epoch(
+        self, args: Any, criterion: nn.Module, record: dict[str, Any]
+    ) -> tuple[float, float] | None:
+        """Top-1 of the weights, and of their average if one is kept (else 0); None if a signal came."""
+        run = self.run
         run.strategy.sync_buffers()
         acc1 = self._evaluate_weights(args, criterion, {**record, "split": "test"})
-        best = acc1 > progress.best_acc1
-        progress.best_acc1 = max(acc1, progress.best_acc1)
-        if run.ema is not None:
+        ema_acc1 = 0.0
+        if run.ema is not None and not run.interrupted:
             with run.ema.applied():
                 ema_acc1 = self._evaluate_weights(args, criterion, {**record, "split": "ema_test"})
-            progress.best_ema_acc1 = max(ema_acc1, progress.best_ema_acc1)
-        return best
+        return None if run.interrupted else (acc1, ema_acc1)
 
     def _evaluate_weights(self, args: Any, criterion: nn.Module, record: dict[str, Any]) -> float:
-        """Evaluate what the network holds now and log it; returns top-1."""
+        """Evaluate what the network holds now and log it, unless a signal comes; returns top-1."""
         run, network = self.run, self.run.strategy.evaluation_model
         self.before_test_one_epoch(args, network, record["epoch"])
         suffix = "EMA" if record["split"] == "ema_test" else ""
         start = time.monotonic()
         loss, acc1, acc5 = self.evaluate(args, network, criterion, run.data.val, self.device, suffix)
+        if run.interrupted:  # a part of the images says nothing
+            return acc1
         speed = run.data.val.number_of_images / max(time.monotonic() - start, 1e-9)
         values = {"loss": loss, "acc1": acc1, "acc5": acc5, "images_per_s": speed}
         run.tracker.log_epoch({**record, **values})
@@ -365,7 +416,7 @@ class Trainer:
         self._evaluate_epoch(
             args, criterion, {"epoch": self.run.progress.epoch, "step": self.run.progress.step}
         )
-        return 0
+        return 128 + (self.run.preemption.signal or signal.SIGTERM) if self.run.interrupted else 0
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from scalesnn import functional, neuron, surrogate
 from scalesnn.base import UserError
 from scalesnn.model import ms_resnet, sew_resnet, spiking_resnet
+from scalesnn.model.resnet import ARCHITECTURES
 from scalesnn.model.train_classify import Trainer
 from scalesnn.training.arguments import RecipeParser
 from scalesnn.training.hook_checks import check_name, refuses
@@ -41,14 +43,30 @@ def check_network(args: Any) -> None:
 
 
 def check_test(args: Any) -> None:
-    """``check_network``, and weights for --test-only, which the default ``load_model`` does not make up.
+    """``check_network``, and the weights that a run begins with.
 
     Raises:
-        UserError: see ``check_network``; or there is nothing to test.
+        UserError: see ``check_network``; --test-only has nothing to test; or --weights names what the
+            network would not get.
     """
     check_network(args)
     if args.test_only and not (args.resume or args.pretrained):
         raise UserError("--test-only needs weights to test: give --resume CHECKPOINT or --pretrained")
+    if args.weights is None:
+        return
+    if not (args.pretrained or args.resume):
+        raise UserError(
+            f"--weights {args.weights} sets the size of test images, but training would start from random "
+            "weights: give --pretrained too, or leave --weights out"
+        )
+    network = args.model.partition("_")[2]
+    if args.pretrained and network in ARCHITECTURES:
+        loaded = torchvision.models.get_model_weights(network)["IMAGENET1K_V1"]
+        if torchvision.models.get_weight(args.weights) is not loaded:
+            raise UserError(
+                f"--weights {args.weights}: --pretrained starts {args.model} from {loaded}; "
+                "give that, or leave --weights out"
+            )
 
 
 class SResNetTrainer(Trainer):

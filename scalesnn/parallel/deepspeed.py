@@ -223,6 +223,12 @@ class DeepSpeedStrategy(Strategy):
 
     # ---- state ----
 
+    def renew_schedule(self, rates: list[float], saved: Mapping[str, Any]) -> None:
+        if isinstance(self.scheduler, EngineSchedule):  # the JSON's: only its place in the run is restored
+            self.scheduler.load_state_dict(dict(saved))
+        else:
+            super().renew_schedule(rates, saved)
+
     def group_names(self) -> list[list[str]]:
         return self._groups
 

@@ -215,6 +215,7 @@ class Strategy(StrategyState, ABC):
                 # not contiguous(): a 1 x 1 kernel counts as contiguous with any strides
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._names = parameter_names(self.module)
+        self.make_scheduler = make_scheduler
         self._prepare(make_optimizer, make_scheduler)
         self._memory = BatchMemory(self.module)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,10 +22,28 @@ from scalesnn.parallel.state import (
     write_values,
 )
 
-__all__ = ["StrategyState", "TrainState"]
+__all__ = ["RENEWED", "StrategyState", "TrainState"]
 
 # Optimizers that keep the same state under the same names, so that one can go on where another stopped.
 FAMILIES = {"FusedAdam": "AdamW", "DeepSpeedCPUAdam": "AdamW"}
+# What a checkpoint holds that follows from settings: if one of these differs, it is not restored, but as the
+# new settings make it.
+RENEWED: dict[str, frozenset[str]] = {
+    "schedule": frozenset(
+        [
+            "epochs",
+            "lr",
+            "lr_scheduler",
+            "lr_warmup_epochs",
+            "lr_warmup_method",
+            "lr_warmup_decay",
+            "lr_step_size",
+            "lr_gamma",
+        ]
+    ),
+    "weight_decay": frozenset({"weight_decay", "norm_weight_decay"}),
+    "momentum": frozenset({"momentum"}),
+}
 
 
 @dataclass
@@ -47,6 +66,7 @@ class StrategyState:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any = None
+    make_scheduler: Callable[[torch.optim.Optimizer], Any]
     is_main: bool
     _names: dict[nn.Parameter, str]
     _micro_batches: int
@@ -129,8 +149,16 @@ class StrategyState:
         """Shapes of the whole parameters, by name."""
         return {name: tuple(p.shape) for p, name in self._names.items()}
 
-    def load_train_state(self, values: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    def load_train_state(
+        self, values: Mapping[str, Tensor], plain: Mapping[str, Any], changed: frozenset[str] = frozenset()
+    ) -> None:
         """Put back what ``train_state`` gave, from the runs that ``shards_to_load`` asked for; collective.
+
+        Args:
+            values: the tensors' runs, by name.
+            plain: the rest.
+            changed: settings that this run has otherwise than the checkpoint; what follows from them (see
+                ``RENEWED``) stays as this run made it, the schedule at the checkpoint's epoch.
 
         Raises:
             StateLayoutError: the checkpoint was written with another kind of optimizer, or other groups.
@@ -150,10 +178,33 @@ class StrategyState:
                 parameters[name] = tensor
         self.write_parameters(parameters)
         self.write_optimizer(optimizer)
-        for group, saved in zip(self.optimizer.param_groups, plain["groups"], strict=True):
-            restore_options(group, saved["options"])
-        if self.scheduler is not None and plain["scheduler"] is not None:
+        groups = self.optimizer.param_groups
+        rates = [group.get("initial_lr", group["lr"]) for group in groups]
+        kept = {key for key in ("weight_decay", "momentum") if RENEWED[key] & changed}
+        for group, saved in zip(groups, plain["groups"], strict=True):
+            restore_options(group, {k: v for k, v in saved["options"].items() if k not in kept})
+        if self.scheduler is None or plain["scheduler"] is None:
+            return
+        if RENEWED["schedule"] & changed:
+            self.renew_schedule(rates, plain["scheduler"])
+        else:
             self.scheduler.load_state_dict(plain["scheduler"])
+
+    def renew_schedule(self, rates: list[float], saved: Mapping[str, Any]) -> None:
+        """Make the schedule anew from this run's settings, at the epoch that the saved one had reached.
+
+        Args:
+            rates: each group's initial learning rate.
+            saved: state of the checkpoint's schedule.
+        """
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
+            group["initial_lr"] = rate
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimizer's steps between these
+            self.scheduler = self.make_scheduler(self.optimizer)
+            for _ in range(int(saved.get("last_epoch", 0))):
+                self.scheduler.step()
 
     def full_model_state(self) -> dict[str, Tensor]:
         """Whole weights and buffers on the CPU under torchvision's keys; empty on other ranks than 0."""

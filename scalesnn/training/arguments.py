@@ -225,8 +225,10 @@ def add_run_arguments(parser: RecipeParser) -> None:
         "--run-name", default=None, metavar="NAME", help="folder of the run (default: from settings)"
     )
     group.add_argument("--print-logdir", action="store_true", help="print the run's folders and exit")
-    group.add_argument("--clean", action="store_true", help="delete what an earlier run of this name left")
-    group.add_argument("--resume", default=None, metavar="PATH", help="a checkpoint, or 'latest'")
+    group.add_argument("--clean", action="store_true", help="delete the earlier runs of this name first")
+    group.add_argument(
+        "--resume", default=None, metavar="PATH", help="latest, best, or the path of a run or a checkpoint"
+    )
     group.add_argument("--start-epoch", default=0, type=int, metavar="N", help="number of the first epoch")
     group.add_argument(
         "--max-steps", default=None, type=int, metavar="N", help="stop there, save and evaluate"
@@ -281,6 +283,11 @@ def check_arguments(args: Any) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         problem = unusable_gpu() or "torch sees no GPU here"
         raise UserError(f"--device {args.device}: {problem}; leave the flag out or give --device cpu")
+    if args.start_epoch >= args.epochs:
+        raise UserError(
+            f"--start-epoch {args.start_epoch} leaves no epoch to train: with --epochs {args.epochs} "
+            f"the last one is {args.epochs - 1}"
+        )
 
 
 def check_weights(args: Any) -> None:

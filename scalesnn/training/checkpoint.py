@@ -9,11 +9,14 @@ so::
       step_00001200/   step_00001234/      (see checkpoint_storage)
       latest           a line of text: step_00001234
       best             a line of text: step_00001200
+
+An epoch is saved first and evaluated then: ``mark`` notes the outcome in the checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import sys
 import threading
@@ -49,10 +52,11 @@ from scalesnn.training.random_state import random_state, restore_random_state
 if TYPE_CHECKING:
     from scalesnn.training.ema import ModelEma
 
-__all__ = ["CheckpointManager", "Progress", "checkpoint_folders"]
+__all__ = ["CheckpointManager", "Progress", "checkpoint_folders", "find_checkpoints", "newest_first"]
 
 WRITING = ".writing_"
 RETIRED = ".retired_"
+EVALUATION = "evaluation.json"  # beside a checkpoint's index: best accuracies up to and with it
 
 
 @dataclass
@@ -122,6 +126,7 @@ class CheckpointManager:
         self.strategy, self.keep, self.ema = strategy, keep, ema
         self.background = background
         self.notice = notice or (lambda text: print(f"scalesnn: {text}", file=sys.stderr, flush=True))
+        self.loaded: Path | None = None  # the checkpoint that ``load`` took
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._group: Any = None
@@ -129,6 +134,30 @@ class CheckpointManager:
             self._group = dist.new_group(backend="gloo")  # the writer's own, beside that of training
 
     # ---- writing ----
+
+    def mark(self, checkpoint: Path, progress: Progress, *, is_best: bool) -> None:
+        """Note that a checkpoint was evaluated after it had been saved.
+
+        Args:
+            checkpoint: what ``save`` returned.
+            progress: with the best accuracies so far, which ``load`` then gives back.
+            is_best: let the pointer ``best`` name it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self.wait()
+        error = None
+        if self.strategy.is_main:
+            values = {"best_acc1": progress.best_acc1, "best_ema_acc1": progress.best_ema_acc1}
+            try:
+                if is_best:  # first: killed between the two, the run evaluates it again
+                    write_text_durably(self.folder / "best", checkpoint.name + "\n")
+                write_text_durably(checkpoint / EVALUATION, json.dumps(values) + "\n")
+                self._prune()
+            except OSError as problem:
+                error = f"{checkpoint} cannot be written to: {problem.strerror or problem}"
+        self._agree(error)
 
     def save(
         self, progress: Progress, *, extra: Mapping[str, Any] | None = None, is_best: bool = False
@@ -247,6 +276,10 @@ class CheckpointManager:
         if is_best:
             write_text_durably(self.folder / "best", name + "\n")
         write_text_durably(self.folder / "latest", name + "\n")
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove the checkpoints that are neither the best nor among the newest."""
         by_age = sorted(checkpoint_folders(self.folder), key=serial_of, reverse=True)
         kept = {read_pointer(self.folder / "best"), *(folder.name for folder in by_age[: self.keep])}
         for folder in by_age:
@@ -260,27 +293,25 @@ class CheckpointManager:
 
     def latest(self) -> Path | None:
         """The folder of the newest checkpoint; None where there is none."""
-        return next(iter(self._candidates()), None)
+        return next(iter(newest_first(self.folder)), None)
 
     def best(self) -> Path | None:
         """The folder of the best checkpoint; None where there is none."""
         name = read_pointer(self.folder / "best")
         return self.folder / name if name else None
 
-    def _candidates(self) -> list[Path]:
-        """Checkpoints, the one to take first in front."""
-        folders = sorted(checkpoint_folders(self.folder), key=serial_of, reverse=True)
-        named = read_pointer(self.folder / "latest")
-        return sorted(folders, key=lambda folder: folder.name != named)
-
-    def load(self, which: Path | str = "latest") -> tuple[Progress, dict[str, Any]]:
+    def load(
+        self, which: Path | str = "latest", changed: frozenset[str] = frozenset()
+    ) -> tuple[Progress, dict[str, Any]]:
         """Put model, optimizer, schedule, averaged weights and random numbers back.
 
         Args:
-            which: "latest", "best", or the folder of a checkpoint.
+            which: "latest", "best", or the path of a checkpoint or a run.
+            changed: names of settings that differ from the checkpoint's (see ``load_train_state``).
 
         Returns:
-            where the run stands, and what was given to ``save`` as ``extra``.
+            where the run stands, and what was given to ``save`` as ``extra``; ``extra["unevaluated"]`` is
+            gone if ``mark`` came after it.
 
         Raises:
             UserError: there is none, it is damaged (for "latest": all are), or of another model, optimizer or
@@ -291,26 +322,34 @@ class CheckpointManager:
             if self.strategy.is_main:
                 self.notice(text)
         try:
-            self._load(folder, index)
+            self._load(folder, index, changed)
         except StateLayoutError as error:
             raise UserError(f"{folder}: {error}") from None
         known = {field.name for field in fields(Progress)}
-        progress = Progress(**{k: v for k, v in index.plain["progress"].items() if k in known})
+        evaluation = self.strategy.broadcast(read_evaluation(folder))
+        extra = dict(index.plain["extra"])
+        if evaluation:
+            extra.pop("unevaluated", None)
+        saved = {**index.plain["progress"], **evaluation}
+        progress = Progress(**{k: v for k, v in saved.items() if k in known})
         self.strategy.steps = progress.step
-        return progress, index.plain["extra"]
+        self.loaded = folder
+        return progress, extra
 
     def find(self, which: Path | str = "latest") -> tuple[Path, Index]:
         """The checkpoint to take, every byte of it checked: (folder, index). Raises UserError as ``load``
         does."""
         if str(which) == "latest":
-            candidates = self._first(self._candidates() if self.strategy.is_main else [])
+            candidates = newest_first(self.folder)
         elif str(which) == "best":
-            best = read_pointer(self.folder / "best")
-            candidates = [self.folder / best] if best else []
+            best = self.best()
+            candidates = [best] if best else []
         else:
-            candidates = [resolve_folder(Path(which))]
+            candidates = find_checkpoints(Path(which))
+        candidates = self._first(candidates)
         if not candidates:
-            raise UserError(f"{self.folder} holds no checkpoint to resume from")
+            best_of = "best " if str(which) == "best" else ""
+            raise UserError(f"{self.folder} holds no {best_of}checkpoint to resume from")
         damage: list[str] = []
         for number, folder in enumerate(candidates):
             problem, index = self._examine(folder)
@@ -324,7 +363,7 @@ class CheckpointManager:
             if len(candidates) == 1:
                 raise UserError(f"checkpoint {folder} cannot be used: {problem}")
         raise UserError(
-            f"all {len(damage)} checkpoints in {self.folder} are damaged; the newest: {damage[0]}"
+            f"all {len(damage)} checkpoints in {candidates[0].parent} are damaged; the newest: {damage[0]}"
         )
 
     def _first(self, value: list[Path]) -> list[Path]:
@@ -347,7 +386,7 @@ class CheckpointManager:
         problems = [p for p in self.strategy.gather_objects(problem) if p]
         return (problems[0] if problems else None), index
 
-    def _load(self, folder: Path, index: Index) -> None:
+    def _load(self, folder: Path, index: Index, changed: frozenset[str]) -> None:
         shapes = index.shapes()
         runs = self.strategy.shards_to_load(shapes)
         if self.ema is not None:
@@ -370,7 +409,7 @@ class CheckpointManager:
         except (dcp.CheckpointException, DamagedCheckpointError, KeyError) as error:
             raise UserError(f"checkpoint {folder} cannot be read: {root_cause(error)}") from error
         train = {n: v for n, v in values.items() if n.startswith(("model.", "optimizer."))}
-        self.strategy.load_train_state(train, index.plain["train"])
+        self.strategy.load_train_state(train, index.plain["train"], changed)
         if self.ema is not None:
             self.ema.load({n: v for n, v in values.items() if n.startswith("ema.")}, index.plain["ema"])
         random_state = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
@@ -390,12 +429,48 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return [p for p in folder.glob("step_*") if p.is_dir()]
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the one to take first in front."""
+    folders = sorted(checkpoint_folders(folder), key=serial_of, reverse=True)
+    named = read_pointer(folder / "latest")
+    return sorted(folders, key=lambda checkpoint: checkpoint.name != named)
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints that a path stands for, the one to take first in front.
+
+    Args:
+        path: a run, its ``checkpoints``, a checkpoint, its index, or a pointer file (``latest``, ``best``).
+
+    Raises:
+        UserError: there is nothing of the kind.
+    """
+    path = resolve_folder(path)
+    for folder in (path, path / "checkpoints"):
+        if found := newest_first(folder):
+            return found
+    if not path.is_dir():
+        problem = "it is a file, not a folder" if path.exists() else "there is no such folder"
+        raise UserError(f"checkpoint {path} cannot be used: {problem}")
+    if not path.name.startswith("step_") and not (path / "index.json").exists():
+        raise UserError(f"{path} holds no checkpoint to resume from")
+    return [path]
+
+
 def serial_of(folder: Path) -> int:
     """Number that grows from one checkpoint to the next; -1 where it cannot be read."""
     try:
         return int(Index.read(folder).plain["serial"])
     except (DamagedCheckpointError, KeyError, TypeError, ValueError):
         return -1
+
+
+def read_evaluation(folder: Path) -> dict[str, float]:
+    """The best accuracies that ``mark`` left in a checkpoint; empty if it was not marked."""
+    try:
+        return {k: float(v) for k, v in json.loads((folder / EVALUATION).read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def read_pointer(path: Path) -> str | None:

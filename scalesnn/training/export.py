@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scalesnn.base import UserError
-from scalesnn.training.checkpoint import checkpoint_folders, read_pointer, resolve_folder
+from scalesnn.training.checkpoint import find_checkpoints
 from scalesnn.training.checkpoint_index import DTYPES, DamagedCheckpointError, Index
 
 __all__ = ["add_export_command", "export", "read_weights"]
@@ -66,7 +66,7 @@ def export(
     output = Path(output).expanduser()
     if kind is None:
         kind = "pt" if output.suffix in (".pt", ".pth") else "safetensors"
-    folder = find_checkpoint(Path(checkpoint))
+    folder = find_checkpoints(Path(checkpoint))[0]
     weights = read_weights(folder, ema=ema)
     classes = json.dumps((Index.read(folder).plain.get("data") or {}).get("classes", []))
     beside = output.with_name(f".{output.name}.tmp")
@@ -84,20 +84,6 @@ def export(
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"--output {output}: cannot be written ({reason})") from None
     return folder, len(weights)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the newest of a run."""
-    path = resolve_folder(path)
-    for folder in (path, path / "checkpoints"):
-        if (folder / "latest").is_file() or checkpoint_folders(folder):
-            name = read_pointer(folder / "latest")
-            folders = sorted(checkpoint_folders(folder))
-            if name and (folder / name).is_dir():
-                return folder / name
-            if folders:
-                return folders[-1]
-    return path
 
 
 def read_weights(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -49,8 +49,12 @@ class Run:
     fallback: Fallback
     preemption: Preemption
     hang_watch: HangWatch
+    settings: dict[str, Any]
     ema: ModelEma | None = None
     averages: Averages | None = None  # of the epoch so far
+    unevaluated: dict[str, Any] | None = None  # step and epoch of a checkpoint, saved but not evaluated yet
+    saved: Path | None = None  # the newest checkpoint
+    saved_progress: Progress | None = None  # of its moment
 
     @property
     def batches_per_epoch(self) -> int:
@@ -68,15 +72,28 @@ class Run:
         """Whether all ranks have agreed to end after a signal."""
         return self.preemption.was_agreed
 
-    def save(self, *, is_best: bool = False) -> Path:
-        """Write a checkpoint of this moment; collective."""
+    def save(self) -> Path:
+        """Write a checkpoint of this moment, unless the newest one is of it already; collective."""
+        if self.saved is not None and self.saved_progress == self.progress:
+            return self.saved
         averages = None
         if self.averages is not None:
             averages = self.strategy.reduce_sum(self.averages.sums).tolist()
+        extra = {"averages": averages, "settings": self.settings, "unevaluated": self.unevaluated}
         began = time.monotonic()
-        path = self.checkpoints.save(self.progress, extra={"averages": averages}, is_best=is_best)
-        self.tracker.log_checkpoint(path, best=is_best, seconds=time.monotonic() - began)
-        return path
+        self.saved = self.checkpoints.save(self.progress, extra=extra)
+        self.saved_progress = replace(self.progress)
+        self.tracker.log_checkpoint(self.saved, seconds=time.monotonic() - began)
+        return self.saved
+
+    def mark(self, *, is_best: bool) -> None:
+        """Note in the newest checkpoint that it is evaluated now; collective."""
+        self.unevaluated = None
+        assert self.saved is not None
+        self.checkpoints.mark(self.saved, self.progress, is_best=is_best)
+        self.saved_progress = replace(self.progress)
+        if is_best:
+            self.tracker.log_checkpoint(self.saved, best=True)
 
 
 def train_one_epoch(
@@ -198,7 +215,8 @@ def evaluate(
     """Evaluate on every image of ``loader`` once, over all ranks together.
 
     Returns:
-        means of loss, acc1 and acc5 over the whole set, the same for any number of ranks.
+        means of loss, acc1 and acc5 over the whole set, the same for any number of ranks; of a part of it
+        if a signal came (``run.interrupted``).
     """
     run = trainer.run
     model.eval()
@@ -213,4 +231,6 @@ def evaluate(
         acc1, acc5 = trainer.cal_acc1_acc5(output_NK, targets)
         averages.add({"loss": loss, "acc1": acc1, "acc5": acc5}, len(targets))
         run.hang_watch.tick()
+        if run.preemption.agreed(run.strategy):
+            break
     return averages.means(run.strategy.reduce_sum)

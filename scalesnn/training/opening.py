@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,26 +23,37 @@ from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer
 from scalesnn.tracking.timer import peak_memory
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.data_identity import describe_data
+from scalesnn.training.elastic import apply_global_batch
 from scalesnn.training.ema import ModelEma, adjusted_decay
 from scalesnn.training.hang_watch import HangWatch
 from scalesnn.training.loop import NAMES, Run
 from scalesnn.training.metrics import Averages
 from scalesnn.training.optimizers import parameter_groups
-from scalesnn.training.preemption import Preemption, is_restart, job_run_name
-from scalesnn.training.run_folder import choose_folder, describe_run, write_config
+from scalesnn.training.preemption import Preemption, is_restart, job_identity, job_run_name
+from scalesnn.training.resuming import Resumption, saved_settings, settle
+from scalesnn.training.run_config import describe_run, write_config
+from scalesnn.training.run_folder import Request, RunFolder, look_up, open_folder
+from scalesnn.training.run_name import check_name, settings_that_differ
 from scalesnn.training.summary import sample_shape
 
 if TYPE_CHECKING:
     from scalesnn.model.train_classify import Trainer
 
 __all__ = [
+    "FinishedRun",
     "build_model",
     "build_optimizer",
+    "check_work",
     "choose_run_folder",
     "open_run",
     "set_deterministic",
+    "take_settings",
     "total_steps",
 ]
+
+
+class FinishedRun(Exception):
+    """The run to be resumed has nothing left to do; the text says so to the user."""
 
 
 def set_deterministic(seed: int, disable_uda: bool = False) -> None:
@@ -58,15 +70,96 @@ def set_deterministic(seed: int, disable_uda: bool = False) -> None:
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
-def choose_run_folder(trainer: Trainer, args: Any, strategy: Strategy) -> Path:
-    """The run's folder, chosen on rank 0 for all; a job that Slurm started again finds its own."""
-    if is_restart() and args.resume is None:
-        args.resume = "latest"
-    name = args.run_name or job_run_name() or trainer.get_tb_logdir_name(args)
-    folder = None
+def choose_run_folder(trainer: Trainer, args: Any, strategy: Strategy) -> RunFolder:
+    """The run's folder, chosen and locked on rank 0 for all; a job that was started again finds its own.
+
+    For --test-only and --print-logdir it is only looked at: nothing is made, locked or deleted.
+
+    Raises:
+        UserError: on all ranks, see ``open_folder``; or a name that cannot be that of a folder.
+    """
+    chosen, problem = None, None
     if strategy.is_main:
-        folder = str(choose_folder(args.output_dir, name, resume=args.resume, clean=args.clean))
-    return Path(strategy.gather_objects(folder)[0])
+        try:
+            asked = request(trainer, args)
+            chosen = look_up(asked) if args.test_only or args.print_logdir else open_folder(asked)
+            if args.test_only and args.resume is not None and chosen.resume is None:
+                raise UserError(f"--test-only --resume {args.resume}: no checkpoint in {chosen.path}")
+        except UserError as error:
+            problem = str(error)
+    answer = (chosen.path, chosen.resume) if chosen is not None else (None, None)
+    problem, (path, resume) = strategy.broadcast((problem, answer))
+    if problem is not None:
+        raise UserError(problem)
+    return chosen or RunFolder(path, resume)
+
+
+def request(trainer: Trainer, args: Any) -> Request:
+    """What the command line and the environment ask of the run's folder."""
+    if args.run_name is not None:
+        name, source = args.run_name, "--run-name"
+    elif job := job_run_name():
+        name, source = job, "the job's name"
+    else:
+        name, source = trainer.get_tb_logdir_name(args), "get_tb_logdir_name:"
+    check_name(name, source)
+    return Request(
+        args.output_dir,
+        name,
+        named=args.run_name is not None,
+        resume=args.resume,
+        clean=args.clean,
+        settings=settings_that_differ(args, trainer.get_args_parser()),
+        job=job_identity(),
+        restart=is_restart(),
+    )
+
+
+def take_settings(trainer: Trainer, args: Any, chosen: RunFolder, strategy: Strategy) -> Resumption:
+    """Where a run is resumed, give ``args`` its settings for the flags that are not given.
+
+    Returns:
+        what differs from the checkpoint.
+    """
+    args.resume = chosen.resume
+    saved = {}
+    if strategy.is_main and chosen.resume is not None:
+        saved = saved_settings(chosen.path, chosen.resume)
+    engine = strategy.name == "deepspeed"
+    resumption = settle(args, strategy.broadcast(saved), engine=engine)
+    if not engine and resumption.text:
+        apply_global_batch(args, strategy.world_size)
+        strategy.accumulation = args.gradient_accumulation or 1
+        strategy.clip_grad_norm = args.clip_grad_norm or 0.0
+    if strategy.is_main:
+        chosen.note_settings(settings_that_differ(args, trainer.get_args_parser()))
+    return resumption
+
+
+def check_work(args: Any, data: Any, strategy: Strategy) -> None:
+    """Refuse an epoch without a step, and a validation set without an image.
+
+    Raises:
+        UserError: with the arithmetic.
+    """
+    if len(data.val) == 0 or data.val.number_of_images == 0:
+        raise UserError("the validation set has no images, so nothing can be evaluated")
+    batches, accumulation = len(data.train), strategy.accumulation
+    if args.test_only or batches >= accumulation:
+        return
+    images, ranks = data.train.number_of_images, strategy.world_size
+    devices = f" on {ranks} devices" if ranks > 1 else ""
+    if batches == 0:
+        raise UserError(
+            f"an epoch has no step: the {images} training images are fewer than one batch of "
+            f"{args.batch_size}{devices}; give a smaller --batch-size"
+        )
+    raise UserError(
+        f"an epoch has no step: an update takes {accumulation} batches of {args.batch_size} images{devices} "
+        f"({accumulation * args.batch_size * ranks} images), but the {images} training images are {batches} "
+        f"batches; give a smaller {'--global-batch' if args.global_batch else '--gradient-accumulation'}, "
+        f"at most {batches * args.batch_size * ranks if args.global_batch else batches}"
+    )
 
 
 def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> tuple[nn.Module, Prepared]:
@@ -134,14 +227,21 @@ def build_optimizer(trainer: Trainer, args: Any, model: nn.Module) -> torch.opti
 
 def open_run(
     args: Any,
-    folder: Path,
+    chosen: RunFolder,
+    resumption: Resumption,
     strategy: Strategy,
     data: Any,
     memory: Prepared,
     preemption: Preemption,
     watch: HangWatch,
 ) -> Run:
-    """Open the run: restore what --resume names, then let the tracker begin."""
+    """Open the run: restore what --resume names, then let the tracker begin.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of another model or optimizer.
+        FinishedRun: on all ranks, before anything is written: no step is left.
+    """
+    folder = chosen.path
     global_batch = args.batch_size * strategy.world_size
     ema = None
     if args.model_ema:
@@ -152,7 +252,7 @@ def open_run(
             epochs=args.epochs,
         )
         ema = ModelEma(strategy, decay, args.model_ema_steps)
-    notices = [*data.notices, *memory.notices]
+    notices = [*chosen.notices, *data.notices, *memory.notices]
     checkpoints = CheckpointManager(
         folder / "checkpoints",
         strategy,
@@ -164,13 +264,19 @@ def open_run(
     )
     extra: dict[str, Any] = {}
     progress = Progress(epoch=args.start_epoch)
-    if args.resume == "latest" and checkpoints.latest() is None:
-        notices.append(f"--resume latest: nothing to resume in {folder}, so this run starts fresh")
-    elif args.resume is not None:
-        progress, extra = checkpoints.load(args.resume)
-        notices.append(f"resumed from {args.resume}: epoch {progress.epoch}, step {progress.step}")
-    progress = progress.moved_to(global_batch)
-    preemption.check_progress(strategy, folder, progress.step)
+    if args.resume is not None:
+        progress, extra = checkpoints.load(args.resume, resumption.changed)
+        where = f"{args.resume} in {folder}" if args.resume in ("latest", "best") else args.resume
+        notices.append(f"resumed from {where}: epoch {progress.epoch}, step {progress.step}")
+        if args.start_epoch:
+            notices.append(f"--start-epoch {args.start_epoch} is not taken: the checkpoint has its own epoch")
+        if resumption.text:
+            notices.append(f"settings that differ from the checkpoint's: {resumption.text}")
+    if not args.test_only:
+        progress = progress.moved_to(global_batch)
+        if not extra.get("unevaluated"):
+            check_finished(args, folder, progress)
+        preemption.check_progress(strategy, folder, progress.step)
     tracker: Tracker | NullTracker = NullTracker()
     if strategy.is_main:
         config = describe_run(
@@ -180,7 +286,10 @@ def open_run(
             world_size=strategy.world_size,
             data_fingerprint=getattr(data, "fingerprint", None),
         )
-        if not args.test_only:
+        if args.test_only:
+            for notice in notices:
+                print(f"scalesnn: {notice}", flush=True)
+        else:
             write_config(folder, config)
             tracker = create_tracker(
                 args,
@@ -229,13 +338,28 @@ def open_run(
         fallback,
         preemption,
         watch,
+        resumption.settings,
         ema,
     )
+    run.unevaluated = extra.get("unevaluated")
+    if args.resume is not None and run.unevaluated:
+        run.saved, run.saved_progress = checkpoints.loaded, replace(progress)
     if extra.get("averages"):
         run.averages = Averages(NAMES, strategy.device)
         if strategy.is_main:  # the sums of all ranks, counted once
             run.averages.restore(extra["averages"])
     return run
+
+
+def check_finished(args: Any, folder: Path, progress: Progress) -> None:
+    """Raise FinishedRun if --epochs or --max-steps is reached."""
+    if args.max_steps is not None and progress.step >= args.max_steps:
+        done, flag = f"{progress.step} of {args.max_steps} steps", "--max-steps"
+    elif progress.epoch >= args.epochs:
+        done, flag = f"{progress.epoch} of {args.epochs} epochs", "--epochs"
+    else:
+        return
+    raise FinishedRun(f"{folder} is finished: {done}. Nothing was changed; a larger {flag} goes on with it")
 
 
 def total_steps(args: Any, batches: int, accumulation: int) -> int:

@@ -2,8 +2,9 @@
 
     SIGUSR1 (before the time limit, --signal=USR1@120) or SIGTERM (preemption, node shutdown, scancel),
     or Ctrl-C, which is not followed by a restart
-      └─ the handler sets a flag, nothing else
-    after a step: all ranks agree that some rank's flag is set
+      ├─ before the first step (images are listed, loaders tuned, memory planned): the handler ends it at once
+      └─ later it sets a flag, nothing else
+    after a step, or a batch of an evaluation: all ranks agree that some rank's flag is set
       └─ checkpoint ── interrupted.json ── scontrol requeue ── exit code 128 + signal
     Slurm starts the job again: the same run folder (named after the job), its last checkpoint, the same W&B
         run
@@ -14,23 +15,33 @@ requeue (no scontrol inside a container); 128 + signal saved after a signal; any
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from scalesnn.base import UserError
 
-__all__ = ["Preemption", "add_preemption_arguments", "is_restart", "job_run_name", "requeue_job"]
+__all__ = [
+    "Preemption",
+    "StoppedBySignalError",
+    "add_preemption_arguments",
+    "is_restart",
+    "job_identity",
+    "job_run_name",
+    "requeue_job",
+]
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 PLEASE_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -65,6 +76,10 @@ def add_preemption_arguments(parser: ArgumentParser) -> None:
     )
 
 
+class StoppedBySignalError(BaseException):
+    """A signal came while there was nothing to save."""
+
+
 class Preemption:
     """Listen for signals while a training runs.
 
@@ -88,6 +103,7 @@ class Preemption:
         self.signal: signal.Signals | None = None
         self.was_agreed = False
         self._pid = os.getpid()
+        self._at_once = False
         self._alone = environ.get("WORLD_SIZE", "1") == "1"  # no other rank to ask: answer at once
         self._before: dict[signal.Signals, Any] = {}
         self._every, self._until, self._last = 1, 1, time.monotonic()
@@ -110,14 +126,33 @@ class Preemption:
             signal.signal(number, handler)
         self._before = {}
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A context in which a signal raises StoppedBySignalError: for work that leaves nothing to save."""
+        self._at_once = True
+        try:
+            if self.requested:
+                raise StoppedBySignalError
+            yield
+        finally:
+            self._at_once = False
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a data loader's process, which inherited the handler
             return
+        again = self.signal == signal.SIGINT
+        if number != signal.SIGINT or not again:
+            self.signal = signal.Signals(number)
+        if self._at_once:
+            self._at_once = False  # once: what is closed on the way out is not to be disturbed
+            raise StoppedBySignalError
         if number == signal.SIGINT:
-            if self.signal == signal.SIGINT:
+            if again:
                 raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step to end
-            os.write(2, b"scalesnn: saving after this step; Ctrl-C again ends at once\n")
-        self.signal = signal.Signals(number)
+            os.write(
+                2,
+                b"scalesnn: saving and ending after this step; Ctrl-C again ends at once\n",
+            )
 
     def agreed(self, strategy: Agreement) -> bool:
         """Whether the training has to end here: the same answer on all ranks; all must call it each step.
@@ -165,13 +200,13 @@ class Preemption:
             )
 
     def finish(
-        self, strategy: Agreement, folder: Path, step: int, notice: Callable[[str], None] = print
+        self, strategy: Agreement, folder: Path, step: int | None, notice: Callable[[str], None] = print
     ) -> int:
         """Mark the run as interrupted and ask for its restart; the checkpoint must have been written.
 
         Args:
             folder: of the run; gets ``interrupted.json``.
-            step: of the checkpoint.
+            step: of the checkpoint; None: the training had not begun.
             notice: told in one line what happens next, on rank 0.
 
         Returns:
@@ -190,7 +225,8 @@ class Preemption:
         if strategy.is_main:
             record = {"signal": number.name, "step": step, "time": time.time(), "outcome": outcome}
             (folder / "interrupted.json").write_text(json.dumps(record) + "\n")
-            notice(f"{number.name}: saved at step {step} in {folder}; {outcome}")
+            done = "ended before the first step" if step is None else f"saved at step {step}"
+            notice(f"{number.name}: {done} in {folder}; {outcome}")
         return code
 
 
@@ -212,6 +248,24 @@ def job_run_name(environ: Mapping[str, str] = os.environ) -> str | None:
     if rendezvous == "none" or re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", rendezvous):
         return None  # not given, or made up by --standalone
     return "job" + re.sub(r"[^\w.-]+", "-", rendezvous)
+
+
+def job_identity(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What a job is called before and after a restart, and no other job is; None outside of one."""
+    if job := slurm_job(environ):
+        return f"slurm {job}"
+    rendezvous = environ.get("TORCHELASTIC_RUN_ID")
+    if rendezvous is None:
+        return None
+    if rendezvous != "none":
+        return f"torchrun {rendezvous}"
+    # no --rdzv-id: torchrun itself, this process's parent, lives through the restarts of its workers
+    parent = os.getppid()
+    try:
+        born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        born = ""
+    return f"torchrun process {parent} of {born} on {socket.gethostname()}"
 
 
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:

@@ -62,7 +62,8 @@ def run(*words: object, timeout: float = 120, prefix: list[str] | None = None) -
 def records(output: Path, kind: str | None = None, split: str | None = None) -> list[dict]:
     """The lines of the newest metrics.jsonl below ``output``."""
     files = sorted(output.glob("*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
-    lines = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    text = files[-1].read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be half
     return [r for r in lines if kind in (None, r.get("kind")) and split in (None, r.get("split"))]
 
 
