@@ -23,10 +23,11 @@ NOT_OF_THE_RUN = frozenset((
     "resume", "start_epoch", "max_steps", "save_every", "keep_checkpoints", "background_checkpoints",
     "test_only", "device", "workers", "cache_dataset", "loader_tune", "disable_pinmemory",
     "bad_image_list", "activation_checkpoint", "memory_budget", "cupy", "strategy", "deepspeed_config",
-    "deepspeed", "fsdp_config", "local_rank", "rank", "gpu", "distributed", "world_size", "dist_url", "dist_timeout", "verbose",
-    "ddp_static_graph", "max_requeues", "no_requeue", "hang_timeout", "preflight", "no_cpu_binding",
-    "prototype", "wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_group", "wandb_tags",
-    "wandb_notes", "wandb_log_model", "metrics_every", "spike_metrics_every", "profile",
+    "deepspeed", "fsdp_config", "local_rank", "rank", "gpu", "distributed", "world_size", "dist_url",
+    "dist_timeout", "verbose", "ddp_static_graph", "max_requeues", "no_requeue", "hang_timeout",
+    "preflight", "no_cpu_binding", "prototype", "wandb", "wandb_project", "wandb_entity", "wandb_name",
+    "wandb_group", "wandb_tags", "wandb_notes", "wandb_log_model", "metrics_every",
+    "spike_metrics_every", "profile",
 ))
 # fmt: on
 LENGTH = "epochs"  # of the run too, but no part of its name: a longer run goes on where the shorter one ended
