@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from scalesnn.data.headers import BadImageError, as_bitmap, decode_rgb, image_size, looks_whole
+from scalesnn.data.headers import (
+    BadImageError,
+    as_bitmap,
+    decode_rgb,
+    decodes_alike,
+    image_size,
+    looks_whole,
+)
 from scalesnn.data.loader import BadImages
 from scalesnn.data.sampling import BatchKeys
 
@@ -73,10 +80,10 @@ class Reader:
     def _read_one(self, image: int) -> tuple[Any, tuple[int, int]]:
         """Bytes that the decoder can take, height and width of an image; BadImageError for a bad one."""
         data = self._read_bytes(image)
-        size = image_size(data)
-        if image in self.by_pillow or not looks_whole(data):
-            data = as_bitmap(decode_rgb(data))
-        return data, size
+        if image in self.by_pillow or not decodes_alike(data) or not looks_whole(data):
+            pixels = decode_rgb(data)
+            return as_bitmap(pixels), pixels.shape[:2]
+        return data, image_size(data)
 
     def _read_good(self, image: int) -> tuple[int, Any, tuple[int, int]] | None:
         """Image ``image`` or its replacement; None for a bad image of an evaluation."""
