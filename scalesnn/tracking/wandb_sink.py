@@ -14,6 +14,7 @@ dead network nor a slow disk is ever waited for by a training step.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
@@ -35,6 +36,7 @@ from scalesnn.tracking.wandb_log import read_history
 __all__ = ["WandbOptions", "WandbSink", "run_id_of", "sync_command", "write_offline_run"]
 
 _QUEUE_LENGTH = 20_000
+_SERVICE_IS_GONE = ("HandleAbandonedError", "MailboxClosedError")  # of wandb.sdk.mailbox
 WAIT_S = 60.0  # how long the end of a run waits for the upload
 _BEST = {
     "train_acc1": "max",
@@ -167,6 +169,12 @@ class WandbSink:
                 getattr(self, f"_{what}")(data)
         except Exception as error:
             self._error = error
+            if isinstance(error, ConnectionError) or type(error).__name__ in _SERVICE_IS_GONE:
+                self._error = RuntimeError(
+                    "its service process has ended, as after a signal to the whole job; metrics.jsonl has "
+                    "everything, and a resumed run hands it on"
+                )
+                _leave_service()
 
     def _start(self) -> Any:
         """The wandb run: online where asked for and possible, else offline with one notice."""
@@ -313,6 +321,14 @@ def _config_of(run_folder: Path) -> dict[str, Any]:
     path = run_folder / "config.yaml"
     loaded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     return loaded if isinstance(loaded, dict) else {}
+
+
+def _leave_service() -> None:
+    """Give up a service process that has ended; wandb would try it at exit, and print a traceback."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def _is_synced(file: Path) -> bool:

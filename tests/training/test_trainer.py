@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from small_runs import ROOT, command, environment, records, run, trace
@@ -78,18 +79,28 @@ def test_killed_and_resumed_is_the_unbroken_run(unbroken, images, tmp_path):
     assert [r["loss"] for r in broken] == pytest.approx([r["loss"] for r in whole], rel=1e-6)
 
 
+def signal_all(pid: int, sent: signal.Signals) -> None:
+    """Signal a process and all that it has started, as DeepSpeed's launcher and scancel do."""
+    process = psutil.Process(pid)
+    for child in [*process.children(recursive=True), process]:
+        child.send_signal(sent)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_cleanly(unbroken, images, tmp_path, sent):
-    words = ["--data-path", images, "--output-dir", tmp_path, "--max-steps", 20]
+    words = ["--data-path", images, "--output-dir", tmp_path, "--max-steps", 20, "--wandb=offline"]
     process = subprocess.Popen(
         command(*words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     while not list(tmp_path.glob("*/metrics.jsonl")) or not trace(tmp_path):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
-    process.send_signal(sent)
+    while not list(tmp_path.glob("*/wandb/*/*.wandb")):
+        time.sleep(0.02)
+    signal_all(process.pid, sent)
     printed, _ = process.communicate(timeout=60)
     assert "Traceback" not in printed
+    assert "W&B is switched off" in printed  # its service process had the signal as well
     assert process.returncode == 128 + sent
     assert "--resume latest" in printed
     stopped_at = max(trace(tmp_path))
