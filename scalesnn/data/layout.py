@@ -20,11 +20,13 @@ from scalesnn.base import UserError
 from scalesnn.data.index import ImageIndex, class_folders
 from scalesnn.data.listing import holds_frames, open_index
 from scalesnn.data.parquet import parquet_files
+from scalesnn.data.walking import printable
 
-__all__ = ["Layout", "find_layout", "hold_out", "open_splits"]
+__all__ = ["Layout", "check_classes", "find_layout", "hold_out", "open_splits", "remark_on_depth"]
 
 _VALIDATION = ("val", "validation", "valid", "dev", "test")
 _FEW = 32  # folders to look into for parquet files: more of them are classes
+_SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 _FRAMES_FOLDER = re.compile(r"(frames_number|duration)_\d+.*")
 
 
@@ -88,11 +90,71 @@ def _named(train: Path, there: Callable[[Path], bool]) -> Layout:
 
 
 def open_splits(layout: Layout, cache: Path | None = None) -> tuple[ImageIndex, ImageIndex]:
-    """The images to train and to validate on; arguments and errors as for ``open_index``."""
+    """The images to train and to validate on; arguments and errors as for ``open_index``, and see
+    ``check_classes``."""
+    if not layout.train.is_dir():
+        raise UserError(f"no folder {layout.train}{_meant(layout.train.parent)}")
     train = open_index(layout.train, cache=cache)
+    check_classes(train)
     if layout.val == layout.train:
         return hold_out(train)
     return train, open_index(layout.val, train.classes, cache)
+
+
+def _meant(root: Path) -> str:
+    """Which folder --data-path may have meant instead of ``root``, as the end of a message."""
+    below = [entry.path for entry in class_folders(root) if (Path(entry.path) / "train").is_dir()]
+    if below:
+        return f": is --data-path {printable(min(below))} meant?"
+    above = root.resolve().parent
+    if root.resolve().name in _SPLITS and (above / "train").is_dir():
+        return f": is --data-path {printable(str(above))} meant?"
+    return ": the data folder must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
+
+
+def check_classes(index: ImageIndex) -> None:
+    """Refuse training images of a single class, or whose classes are splits: every net is right about them.
+
+    Raises:
+        UserError: it names the folders below, which may be the classes.
+    """
+    root, names = index.root, index.classes
+    if len(names) > 1 and not set(map(str.lower, names)) <= _SPLITS:
+        return
+    shown = printable(", ".join(names))
+    if len(names) > 1:
+        raise UserError(f"{root} has splits for classes, {shown}: is --data-path {root} meant?")
+    if index.shard is not None:
+        raise UserError(f"{root} has one class only: all {len(index)} labels are {shown}")
+    inside = sorted(entry.name for entry in class_folders(root / names[0]))
+    message = f"{root} has one class only, {shown}, so there is nothing to tell apart"
+    if inside:
+        more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
+        message += (
+            f"; in it are the folders {printable(', '.join(inside[:5]))}{more}: if those are the classes, "
+            f"they belong into {root} itself"
+        )
+    raise UserError(message)
+
+
+def remark_on_depth(index: ImageIndex) -> list[str]:
+    """A line where no class folder holds an image itself and several hold folders of one name: these may be
+    the classes."""
+    if index.shard is not None or any(name.count("/") < 2 for name in index.names):
+        return []
+    folders: dict[str, set[str]] = {}
+    for name in index.names:
+        top, below, _ = name.split("/", 2)
+        folders.setdefault(below, set()).add(top)
+    shared = sorted(name for name, tops in folders.items() if len(tops) > 1)
+    if len(folders) < 2 or not shared:
+        return []
+    return [
+        printable(
+            f"the classes are {', '.join(index.classes[:3])}, but several of them hold folders of one name, "
+            f"such as {', '.join(shared[:3])}: is DIR one level too high?"
+        )
+    ]
 
 
 def hold_out(index: ImageIndex) -> tuple[ImageIndex, ImageIndex]:

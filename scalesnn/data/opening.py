@@ -16,7 +16,7 @@ from scalesnn.data.arguments import default_workers
 from scalesnn.data.augment import Recipe
 from scalesnn.data.frames import FramesLoader, frames_shape
 from scalesnn.data.index import ImageIndex
-from scalesnn.data.layout import find_layout, open_splits
+from scalesnn.data.layout import find_layout, open_splits, remark_on_depth
 from scalesnn.data.listing import BAD_LIST, is_frames, read_bad_list
 from scalesnn.data.loader import Loader, LoaderSettings
 from scalesnn.data.mixing import Mixer
@@ -175,7 +175,7 @@ def _indexes(args: argparse.Namespace, root: Path, notices: list[str]) -> tuple[
     layout = find_layout(root)
     notices += layout.notices
     train, val = open_splits(layout, cache)
-    notices += dict.fromkeys([*train.left_out, *val.left_out])
+    notices += dict.fromkeys([*remark_on_depth(train), *train.left_out, *val.left_out])
     listed = Path(args.bad_image_list) if args.bad_image_list else root / BAD_LIST
     if not args.bad_image_list and not listed.is_file():
         return train, val

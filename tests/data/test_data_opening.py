@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from scalesnn.base import UserError
 from scalesnn.data.tuning import Measurement, candidates, choose, tune
@@ -140,3 +143,65 @@ def test_memory_does_not_grow_with_epochs(open_loaders: Any) -> None:
             pass
         resident.append(psutil.Process().memory_info().rss / 2**20)
     assert resident[-1] - resident[0] < 50, resident
+
+
+# -- one level too high or too low
+
+
+def images_in(root: Path, *folders: str) -> Path:
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (40, 40)).save(root / folder / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folders", "path", "message"),
+    [
+        (
+            ["train/all/a", "train/all/b", "val/all/a"],
+            "",
+            "one class only, all, .*the folders a, b: if those",
+        ),
+        (["train/a", "val/a"], "", "one class only, a, so there is nothing to tell apart$"),
+        (
+            ["train/train/a", "train/val/a", "val/x"],
+            "",
+            "splits for classes, train, val: is --data-path .*/train ",
+        ),
+        (["set/train/a", "set/train/b", "set/val/a"], "", "no folder .*: is --data-path .*/set meant"),
+        (["train/a", "train/b", "val/a"], "train", "no folder .*/train/train: is --data-path .* meant"),
+        (["a", "b"], "", "no folder .*/train: the data folder must hold"),
+    ],
+)
+def test_a_folder_of_another_level_is_refused_with_the_folders_below(
+    folders: list[str], path: str, message: str, tmp_path: Path, open_loaders: Any
+) -> None:
+    with pytest.raises(UserError, match=message):
+        open_loaders(images_in(tmp_path, *folders) / path)
+
+
+def test_classes_that_hold_folders_of_the_same_names_are_remarked_on(
+    tmp_path: Path, open_loaders: Any
+) -> None:
+    years = [f"{split}/{year}/{name}" for split in ("train", "val") for year in (2012, 2013) for name in "ab"]
+    data = open_loaders(images_in(tmp_path / "years", *years))
+    assert "such as a, b: is DIR one level too high?" in " ".join(data.notices)
+    videos = [
+        f"{split}/{name}/{name}{video}" for split in ("train", "val") for name in "ab" for video in "12"
+    ]
+    data = open_loaders(images_in(tmp_path / "videos", *videos))
+    assert "one level" not in " ".join(data.notices)
+
+
+def test_shards_of_one_label_are_refused(tmp_path: Path, open_loaders: Any) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        with tarfile.open(tmp_path / split / "s.tar", "w") as tar:
+            for name, content in (("a.jpg", b"image"), ("a.cls", b"7")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(UserError, match="one class only: all 1 labels are 7"):
+        open_loaders(tmp_path)
