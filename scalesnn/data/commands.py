@@ -1,4 +1,4 @@
-"""``scalesnn data check | pack | index | subset``."""
+"""``scalesnn data check | pack | index | subset | imagenet``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from scalesnn.data.check import add_check_command
+from scalesnn.data.imagenet import add_imagenet_command
 from scalesnn.data.pack import add_index_command, add_pack_command
 from scalesnn.data.subset import add_subset_command
 
@@ -45,9 +46,15 @@ def _stoppable(run: Run) -> Run:
 def add_data_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``data`` and its commands; each sets ``run``, a function of the parsed arguments that returns the
     exit code."""
-    parser = commands.add_parser("data", help="check, pack, index or subset a data folder")
+    parser = commands.add_parser("data", help="check, pack, index, subset or unpack data")
     below = parser.add_subparsers(title="data commands", metavar="COMMAND", required=True)
-    for add in (add_check_command, add_pack_command, add_index_command, add_subset_command):
+    for add in (
+        add_check_command,
+        add_pack_command,
+        add_index_command,
+        add_subset_command,
+        add_imagenet_command,
+    ):
         add(below)
     for command in below.choices.values():
         command.set_defaults(run=_stoppable(command.get_default("run")))
