@@ -84,7 +84,7 @@ def default_name(args: Any, parser: ArgumentParser) -> str:
     name = word(settings.pop("model"))[:LONGEST]
     places = {key: place for place, key in enumerate(SHORT)}
     for key in sorted((k for k in settings if k != "T"), key=lambda k: (places.get(k, len(places)), k)):
-        part = "_" + word(SHORT.get(key, f"{key}-{{}}").format(settings[key]))
+        part = "_" + SHORT.get(key, f"{key}-{{}}").format(word(settings[key]))
         if len(name) + len(part) <= LONGEST:
             name += part
     return f"{name}_{digest}"

@@ -154,6 +154,13 @@ def train_once(root: Path) -> dict[str, Any]:
             "poison": 2,
             "steps": 6,
         }
+        two[f"{name} with other settings"] = {
+            "flags": {**STRATEGIES[name], "lr": 0.02, "weight_decay": 0.05, "momentum": 0.5},
+            "resume": folder(f"{name}/step_00000010"),
+            "folder": folder(f"{name} with other settings"),
+            "changed": ["lr", "weight_decay", "momentum"],
+            "steps": 15,
+        }
         two[f"{name} stop"] = {"flags": STRATEGIES[name], "poison": 2, "steps": 6}
     own = json.loads((CONFIGS / "zero2.json").read_text())
     own["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}

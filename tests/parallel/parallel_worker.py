@@ -21,6 +21,7 @@ from scalesnn import functional, layer, neuron, surrogate
 from scalesnn.base import UserError
 from scalesnn.parallel import NonFiniteLossError, Topology, create_strategy
 from scalesnn.parallel.deepspeed import import_deepspeed
+from scalesnn.parallel.state import plain_options
 from scalesnn.parallel.topology import free_port
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.ema import ModelEma
@@ -157,7 +158,7 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     progress = Progress()
     extra: dict[str, Any] = {}
     if "resume" in cell:
-        progress, extra = manager.load(cell["resume"])
+        progress, extra = manager.load(cell["resume"], frozenset(cell.get("changed", ())))
     count = cell.get("images", IMAGES)
     images, targets = batches(dtype, count)
     losses, norms = [], []
@@ -211,6 +212,7 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     found["layer_norms"] = layer_norms
     found["formats"] = formats
     found["lr"] = strategy.optimizer.param_groups[0]["lr"]
+    found["options"] = [plain_options(group) for group in strategy.optimizer.param_groups]
     state = strategy.full_model_state()
     found["weights"] = digest(state)
     if ema is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_batchnorm_of_torch_is_synchronised_too(runs: dict[str, Any]) -> None:
     found, single = runs["ddp torch"], runs["single torch"]
     assert_same_trace(found["losses"], single["losses"], 1e-12)
     assert_same_weights(found["weights"], single["weights"], 1e-10)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_settings_that_changed_are_obeyed_after_a_resume(runs: dict[str, Any], name: str) -> None:
+    """lr, weight decay and momentum of the new command line; the cosine goes on at the checkpoint's epoch."""
+    found = runs[f"{name} with other settings"]
+    assert [group["weight_decay"] for group in found["options"]] == [0.05, 0.0]
+    assert [group["momentum"] for group in found["options"]] == [0.5, 0.5]
+    assert found["lr"] == pytest.approx(0.02 * (1 + math.cos(3 * math.pi / 5)) / 2)
+    assert found["losses"] != pytest.approx(runs[name]["losses"][10:15], rel=1e-4)
+    assert_same_trace(found["losses"], runs["ddp with other settings"]["losses"], 1e-5)
 
 
 @pytest.mark.parametrize("name", [*ZERO, "fsdp"])
