@@ -53,9 +53,11 @@ def bytes_of(text: str, flag: str = "--memory-budget") -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """What is free on the device now, less a reserve of 5 % for what no plan sees."""
+    """What is free on the device now, less a reserve for what no plan sees: 10 % and 2 GB on a GPU (NCCL's
+    buffers, cuDNN's workspaces, DALI), 5 % in RAM."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.95)
+        free = torch.cuda.mem_get_info(device)[0]
+        return max(0, int(free * 0.9) - 2 * 10**9)
     import psutil
 
     return int(psutil.virtual_memory().available * 0.95)

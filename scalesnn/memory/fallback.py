@@ -1,10 +1,16 @@
-"""Out of memory in the first steps: the next policy that needs less, from the same batch, on all ranks."""
+"""Out of memory in the first steps: the next policy that needs less.
+
+One process goes on from the same batch. Several ranks start again together: the one that ran out has left
+others in collectives that cannot be finished (``parallel.start_again``).
+"""
 
 from __future__ import annotations
 
+import gc
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -14,9 +20,17 @@ from scalesnn.base import UserError
 from scalesnn.memory.planner import gib
 from scalesnn.memory.policy import Policy, apply_policy, policy_of
 
-__all__ = ["FIRST_STEPS", "Fallback", "is_out_of_memory"]
+__all__ = ["FIRST_STEPS", "Fallback", "Together", "free_frames", "is_out_of_memory"]
 
 FIRST_STEPS = 3
+SIGNS = (  # in lower case
+    "out of memory",  # CUDA, NCCL
+    "can't allocate memory",  # torch's allocator on a CPU
+    "_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER: CUBLAS_STATUS_ALLOC_FAILED
+    "_allocation_failed",  # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "unable to find a valid cudnn algorithm",  # none whose workspace fits
+    "find was unable to find an engine",
+)
 Result = TypeVar("Result")
 
 
@@ -25,7 +39,35 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
+
+
+def free_frames(error: BaseException) -> None:
+    """Let go of what the frames that an exception passed through hold: the activations of a broken step."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    gc.collect()
+
+
+class Together(Protocol):
+    """How several ranks start again: ``parallel.start_again.StartTogether``."""
+
+    announce: Callable[[str], None]
+
+    def agree(self, policy: str | None, said: str = "") -> str | None:
+        """The policy with which all ranks start again; None where the attempt went well on all."""
+
+    def pending(self) -> str | None:
+        """That policy, where it has been decided."""
+
+    def start_again(self) -> BaseException:
+        """The exception that ends this process's work."""
+
+    def stop(self) -> None:
+        """Nobody starts again any more."""
 
 
 class Fallback:
@@ -33,33 +75,29 @@ class Fallback:
 
     Use it where the loop runs forward and backward of a batch::
 
-        fallback = Fallback(strategy.module, T, strategy.any_rank, tracker.notice)
+        fallback = Fallback(strategy.module, T, strategy.together, tracker.notice)
         loss = fallback.run(lambda: forward_and_backward(batch))
 
     Args:
         model: the plain net (``strategy.module``).
         T: time-steps; None for inputs without.
-        any_rank: whether a flag is set on any rank; collective.
+        together: how several ranks start again; None for one process.
         notice: where a line for the log goes.
         table: makes the plan's table for the error at the end.
         planned: the predicted peak in bytes; logged beside ``measured()`` once the first steps are over.
-
-    Forward and backward contain collectives of the strategy: a rank that runs out of memory between two of
-    them leaves the others waiting in theirs. So with several ranks, memory that runs out in a part without
-    collectives is caught together; elsewhere the waiting ends with the process group's time limit.
     """
 
     def __init__(
         self,
         model: nn.Module,
         T: int | None,
-        any_rank: Callable[[bool], bool],
+        together: Together | None,
         notice: Callable[[str], None],
         table: Callable[[], str] | None = None,
         planned: int | None = None,
         measured: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self.model, self.any_rank, self.notice, self.table = model, any_rank, notice, table
+        self.model, self.together, self.notice, self.table = model, together, notice, table
         self.planned, self.measured = planned, measured
         self.left = FIRST_STEPS
         self.next = list(ladder(policy_of(model), T))
@@ -69,39 +107,74 @@ class Fallback:
 
         Raises:
             UserError: no policy is left: names the last one, with the plan's table.
+            SystemExit: all ranks start again (``Together.start_again``).
         """
         if self.left <= 0:
             return attempt()
+        if self.together is not None:
+            return self._run_together(attempt, self.together)
         while True:
             state = [(b, b.detach().clone()) for b in self.model.buffers()]
             devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
             random_state = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
-            result, failed = None, False
             try:
                 result = attempt()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failed = True
-            if not self.any_rank(failed):
-                self.left -= 1
-                if not self.left and self.planned is not None:
-                    self.notice(
-                        f"memory of the first {FIRST_STEPS} steps: peak {gib(self.measured())}, "
-                        f"predicted {gib(self.planned)}"
-                    )
-                return result  # type: ignore[return-value]
+                said = first_line(error)
+                free_frames(error)
+            else:
+                self._went_well()
+                return result
             self._restore(state, random_state)
             before = policy_of(self.model)
-            if not self.next:
-                table = f"\n{self.table()}" if self.table else ""
-                raise UserError(
-                    f"out of memory with --activation-checkpoint {before} too: reduce batch or T{table}"
-                )
-            policy = self.next.pop(0)
+            policy = self._next_policy(said)
             apply_policy(self.model, policy)
             self.planned = None  # it was that of the other policy
-            self.notice(f"out of memory with {before}: trying {policy} from the same batch")
+            self.notice(f"out of memory with {before}: trying {policy} from the same batch ({said})")
+
+    def _run_together(self, attempt: Callable[[], Result], together: Together) -> Result:
+        """``attempt()`` on one of several ranks: once all are through it, its result."""
+        policy, said, results = None, "", []
+        try:
+            results.append(attempt())
+        except Exception as error:
+            if is_out_of_memory(error):
+                said = f"out of memory with {policy_of(self.model)}: {first_line(error)}"
+                free_frames(error)
+                try:
+                    policy = str(self._next_policy(said))
+                except UserError as last:
+                    together.announce(first_line(last))
+                    raise
+            elif together.pending() is None:
+                raise
+            else:  # what breaks a connection here is that another rank has left
+                free_frames(error)
+        if together.agree(policy, said) is not None:
+            raise together.start_again()
+        self._went_well()
+        if not self.left:
+            together.stop()
+        return results[0]
+
+    def _went_well(self) -> None:
+        self.left -= 1
+        if not self.left and self.planned is not None:
+            self.notice(
+                f"memory of the first {FIRST_STEPS} steps: peak {gib(self.measured())}, "
+                f"predicted {gib(self.planned)}"
+            )
+
+    def _next_policy(self, said: str) -> Policy:
+        if self.next:
+            return self.next.pop(0)
+        table = f"\n{self.table()}" if self.table else ""
+        raise UserError(
+            f"out of memory with --activation-checkpoint {policy_of(self.model)} too: reduce batch or T "
+            f"({said}){table}"
+        )
 
     def _restore(
         self,
@@ -117,6 +190,11 @@ class Fallback:
         if torch.cuda.is_initialized():
             torch.cuda.set_rng_state(random_state[1][0])
             torch.cuda.empty_cache()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def ladder(policy: Policy, T: int | None) -> list[Policy]:

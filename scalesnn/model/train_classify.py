@@ -24,6 +24,7 @@ from scalesnn.doctor import add_preflight_argument, run_preflight
 from scalesnn.memory import add_memory_arguments, use_arena
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
 from scalesnn.parallel.placement import add_placement_arguments, place_process
+from scalesnn.parallel.start_again import StartAgain, again, remember_start
 from scalesnn.parallel.topology import Topology
 from scalesnn.tracking import add_tracking_arguments
 from scalesnn.training import loop
@@ -222,6 +223,7 @@ class Trainer:
 
     def main(self, args: Any) -> None:
         """Do what the command line says; bad input ends with one line and exit code 2."""
+        remember_start()
         try:
             self._main(args)
         except UserError as error:
@@ -239,12 +241,16 @@ class Trainer:
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
+        except StartAgain as all_ranks:
+            all_ranks.execute()
 
     def _main(self, args: Any) -> None:
         """The stages of a run, each with what the ones before it made."""
         said: list[str] = []
         if not (args.data_path or getattr(args, "config", None)) and uses_default(self.load_data):
             said = take_sample_recipe(args, vars(Trainer().get_args_parser().get_defaults()))
+        if told := again():  # a rank ran out of memory in the first steps
+            args.activation_checkpoint, args.memory_budget = told.policy, "auto"
         check_arguments(args)
         check_hooks(self, args)
         set_deterministic(args.seed, args.disable_uda)
@@ -272,6 +278,8 @@ class Trainer:
                 stack.enter_context(RankLog(folder, strategy.rank))
             preemption = Preemption(max_requeues=args.max_requeues, requeue=not args.no_requeue)
             stack.enter_context(preemption)
+            if strategy.together is not None:
+                strategy.together.folder = str(folder)
             try:
                 with preemption.at_once():
                     self._open(args, chosen, strategy, preemption, stack, said)
@@ -282,7 +290,11 @@ class Trainer:
                     print(f"scalesnn: {finished}", flush=True)
                 code = 0
             else:
-                code = self._test(args) if args.test_only else self._train(args)
+                try:
+                    code = self._test(args) if args.test_only else self._train(args)
+                except StartAgain:
+                    self.run.tracker.close({"state": "starts again"})
+                    raise
         strategy.close()
         if code:
             raise SystemExit(code)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import torch
 
 from scalesnn.base import UserError
 
-__all__ = ["check_gpu", "first_line", "unusable_gpu"]
+__all__ = ["check_gpu", "first_line", "unusable_gpu", "use_expandable_segments"]
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def unusable_gpu(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str | None:
@@ -84,6 +86,16 @@ def _locked(root: Path) -> str | None:
         except OSError as error:
             reasons.append(f"{path}: {error.strerror}")
     return reasons[0] if reasons else None
+
+
+def use_expandable_segments(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have torch's allocator grow its segments of GPU memory, unless the user has settings of their own.
+
+    Activations of a training differ in size from layer to layer; in segments of fixed size gigabytes of
+    free memory can lie in pieces too small for the next one. Call it before the first GPU tensor.
+    """
+    if not any(environ.get(name) for name in ALLOCATOR):
+        environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def check_gpu(device: torch.device) -> None:

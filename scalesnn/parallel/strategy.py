@@ -34,9 +34,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scalesnn.base import UserError
 from scalesnn.kernels import self_check
-from scalesnn.parallel.devices import check_gpu, first_line, unusable_gpu
+from scalesnn.parallel.devices import check_gpu, first_line, unusable_gpu, use_expandable_segments
 from scalesnn.parallel.failure import FailureWatch
 from scalesnn.parallel.finite import PATIENCE, BatchMemory, NonFiniteLossError
+from scalesnn.parallel.start_again import StartTogether, again
 from scalesnn.parallel.state import parameter_names, persistent_buffers
 from scalesnn.parallel.strategy_state import StrategyState, TrainState
 from scalesnn.parallel.sync_batch_norm import convert_sync_batch_norm
@@ -86,6 +87,7 @@ class Strategy(StrategyState, ABC):
         self.notice: Callable[[str], None] = say
         self.store: dist.Store | None = None
         self.watch: FailureWatch | None = None
+        self.together: StartTogether | None = None
         self._memory: BatchMemory | None = None
         self._micro_batches = 0  # accumulated since the last step
         self._names: dict[nn.Parameter, str] = {}
@@ -118,6 +120,7 @@ class Strategy(StrategyState, ABC):
         else:
             self.device = torch.device("cuda", self.topology.device_index(torch.cuda.device_count()))
         if use_cuda:
+            use_expandable_segments()
             torch.cuda.set_device(self.device)
             check_gpu(self.device)
         if self.needs_process_group or self.world_size > 1:
@@ -151,6 +154,8 @@ class Strategy(StrategyState, ABC):
             raise UserError(
                 f"rank {self.rank} of {self.world_size} cannot meet the others at {where}: {reason}"
             ) from error
+        if told := again():  # the store may be the launcher's, and still hold what the ranks said before
+            store = dist.PrefixStore(f"again-{told.count}", store)
         self.store = store
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=minutes)
@@ -158,6 +163,7 @@ class Strategy(StrategyState, ABC):
         if world_size > 1:
             self.watch = FailureWatch(store, rank, world_size, patience=self.patience)
             self.watch.start()
+            self.together = StartTogether(store, rank, world_size, announce=self.watch.announce)
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over all ranks, on all ranks; ``tensor`` itself is left alone."""
@@ -194,6 +200,8 @@ class Strategy(StrategyState, ABC):
     def close(self) -> None:
         """Leave the process group; call it once, at the end of a run that went well."""
         self.barrier()
+        if self.together is not None:
+            self.together.stop()
         if self.watch is not None:
             self.watch.stop()
         if dist.is_initialized():

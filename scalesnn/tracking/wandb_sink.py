@@ -294,7 +294,8 @@ class WandbSink:
         if summary.get("state") == "preempted" and not run.offline:
             run.mark_preempting()
         folder, offline, url = _folder(run), run.offline, None if run.offline else run.url
-        run.finish(exit_code=0 if summary.get("state", "finished") in ("finished", "preempted") else 1)
+        well = summary.get("state", "finished") in ("finished", "preempted", "starts again")
+        run.finish(exit_code=0 if well else 1)
         line = f"W&B: upload this run with: {sync_command(folder)}" if offline else f"W&B: {url}"
         self._last_lines = [line]
 

@@ -18,6 +18,7 @@ from scalesnn.base import UserError
 from scalesnn.memory import Prepared
 from scalesnn.memory import prepare as prepare_memory
 from scalesnn.memory.fallback import Fallback
+from scalesnn.parallel.start_again import again
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker, create_tracker
 from scalesnn.tracking.timer import peak_memory
@@ -112,6 +113,7 @@ def request(trainer: Trainer, args: Any) -> Request:
         settings=settings_that_differ(args, trainer.get_args_parser()),
         job=job_identity(),
         restart=is_restart(),
+        again=told.folder if (told := again()) else "",
     )
 
 
@@ -253,6 +255,9 @@ def open_run(
         )
         ema = ModelEma(strategy, decay, args.model_ema_steps)
     notices = [*chosen.notices, *data.notices, *memory.notices]
+    told = again()
+    if told is not None:
+        notices.append(f"{told.said}: all ranks started again with {told.policy}")
     checkpoints = CheckpointManager(
         folder / "checkpoints",
         strategy,
@@ -295,7 +300,7 @@ def open_run(
                 args,
                 folder,
                 config,
-                resumed=progress.step > 0,
+                resumed=progress.step > 0 or told is not None,
                 total_steps=total_steps(args, len(data.train), strategy.accumulation),
                 first_step=progress.step,
             )
@@ -317,7 +322,7 @@ def open_run(
     fallback = Fallback(
         strategy.module,
         getattr(args, "T", None),
-        strategy.any_rank,
+        strategy.together,
         tracker.notice,
         memory.table,
         memory.planned_bytes,

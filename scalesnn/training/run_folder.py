@@ -53,6 +53,7 @@ class Request:
         settings: those that differ from the defaults.
         job: what a restart knows itself by; None outside of jobs.
         restart: the job was started before.
+        again: the folder of ranks that start again together (``parallel.start_again``); '' where they do not.
     """
 
     output_dir: str
@@ -63,6 +64,7 @@ class Request:
     settings: dict[str, Any] = field(default_factory=dict)
     job: str | None = None
     restart: bool = False
+    again: str = ""
 
 
 @dataclass
@@ -184,6 +186,8 @@ def look_up(request: Request) -> RunFolder:
 def restarted(request: Request, records: list[RunRecord]) -> RunFolder | None:
     """The folder that this job has already; None on its first start."""
     own = of_job(request, records) if request.restart else []
+    if request.again:
+        own = [record for record in records if record.folder.resolve() == Path(request.again).resolve()]
     deadline = time.monotonic() + RESTART_PATIENCE
     while own:
         for place, record in enumerate(own):
@@ -194,6 +198,8 @@ def restarted(request: Request, records: list[RunRecord]) -> RunFolder | None:
                     raise
                 continue
             notices: list[str] = []
+            if request.again and request.resume is not None:  # nothing has been done since
+                return RunFolder(record.folder, request.resume, lock, notices)
             if not record.saved:  # it did not come to its first checkpoint: begin as it began
                 resume = None if request.resume in ("latest", "best") else request.resume
                 return RunFolder(record.folder, resume, lock, notices)

@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import scalesnn
 from scalesnn.base import UserError
 from scalesnn.parallel import Topology, add_parallel_arguments, create_strategy
-from scalesnn.parallel.devices import check_gpu, unusable_gpu
+from scalesnn.parallel.devices import check_gpu, unusable_gpu, use_expandable_segments
 from scalesnn.parallel.strategy import Strategy
 
 ROOT = Path(scalesnn.__file__).resolve().parents[1]
@@ -173,7 +174,7 @@ def raising_with_arguments(error: Exception) -> Any:
 
 
 @pytest.fixture
-def one_gpu_a_task(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def one_gpu_a_task(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """CUDA with one visible GPU; returns the devices that were set."""
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -182,8 +183,11 @@ def one_gpu_a_task(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr("scalesnn.parallel.strategy.check_gpu", lambda device: None)
     monkeypatch.setattr(Strategy, "_start_process_group", lambda self: None)
     monkeypatch.setattr(Strategy, "barrier", lambda self: None)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    return chosen
+    monkeypatch.setattr(Strategy, "_agree_on_kernels", lambda self: None)
+    environment = dict(os.environ)
+    yield chosen
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def test_with_gpus_per_task_deepspeed_is_told_the_only_gpu(
@@ -206,6 +210,31 @@ def test_with_gpus_per_task_deepspeed_is_told_the_only_gpu(
     assert one_gpu_a_task == [0]
     assert told == ["0"]
     assert strategy.topology.local_rank == 3  # that of the machine, for logs and cores
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_allocator_settings_are_left_alone(name: str) -> None:
+    environ = {name: "max_split_size_mb:64"}
+    use_expandable_segments(environ)
+    assert environ == {name: "max_split_size_mb:64"}
+
+
+def test_torch_takes_the_allocators_settings_after_its_import(
+    one_gpu_a_task: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        os.environ.pop(name, None)
+    create_strategy(arguments(), Topology()).setup_device("auto")
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    program = (
+        "import torch; from scalesnn.parallel.devices import use_expandable_segments as use; use(); "
+        "print(torch._C._accelerator_getAllocatorSettings())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_ALLOC_CONF"}
+    environment["PYTHONPATH"] = str(ROOT)
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "expandable_segments:True", done.stderr
 
 
 def test_one_gpu_named_for_several_processes_is_refused(one_gpu_a_task: list[int]) -> None:
