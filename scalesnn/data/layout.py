@@ -92,7 +92,7 @@ def _named(train: Path, there: Callable[[Path], bool]) -> Layout:
 def open_splits(layout: Layout, cache: Path | None = None) -> tuple[ImageIndex, ImageIndex]:
     """The images to train and to validate on; arguments and errors as for ``open_index``, and see
     ``check_classes``."""
-    if not layout.train.is_dir():
+    if not layout.train.is_dir() and not parquet_files(layout.train):
         raise UserError(f"no folder {layout.train}{_meant(layout.train.parent)}")
     train = open_index(layout.train, cache=cache)
     check_classes(train)
