@@ -19,13 +19,15 @@ endif
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
-install: $(INSTALLED) ## make .venv with the tested versions (again only when they change)
+install: $(INSTALLED) ## make .venv with the tested versions and scalesnn itself (again only when they change)
 
-$(INSTALLED): requirements/tested.txt
+$(INSTALLED): requirements/tested.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the tested versions into $(VENV) (once; about 7 GB)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/installer.txt
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync -q --compile-bytecode $< requirements/installer.txt
+	@# after the sync, which removes what its list lacks; editable: the checkout's own files run
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 train: install ## train a spiking ResNet-18 with DeepSpeed ZeRO-2 on the shipped images

@@ -50,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"scalesnn: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "scalesnn").startswith("scalesnn"):
+            raise
+        print(f"scalesnn: this needs the package {error.name}: pip install {error.name}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # `scalesnn … | head`
         return 0
 

@@ -30,9 +30,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--loader",
         type=str,
-        default="dali",
+        default="auto",
         metavar="NAME",
-        help="what decodes and augments: dali (NVIDIA DALI), or torchvision (with Pillow)",
+        help="what decodes and augments: dali (NVIDIA DALI), torchvision (with Pillow), or auto: DALI where "
+        "it is installed",
     )
     add(
         "-j",

@@ -57,7 +57,7 @@ class Data:
 
 
 NAMES = {
-    "loader": ("dali", "torchvision"),
+    "loader": ("auto", "dali", "torchvision"),
     "interpolation": ("nearest", "bilinear", "bicubic"),
     "bad_images": ("skip", "stop"),
     "loader_tune": ("auto", "on", "off"),
@@ -135,7 +135,7 @@ def open_data(
     train_index, val_index = _indexes(args, root, notices)
     shape = frames_shape(train_index) if is_frames(train_index) else None
     if shape is None:
-        loader_class: Callable[..., Loader] = _loader_class(args.loader)
+        loader_class: Callable[..., Loader] = _loader_class(args.loader, notices)
     else:
         loader_class = functools.partial(FramesLoader, shape=shape)
     mixer = None
@@ -160,7 +160,8 @@ def open_data(
     train = loader_class(train_index, settings(True), mixer, args.ra_reps if args.ra_sampler else 1)
     val = loader_class(val_index, settings(False))
     notices += _tuned(args, train)
-    notices += _remarks(args, shape, len(train_index), batch_size, world_size)
+    dali = shape is None and loader_class.__name__ == "DaliLoader"
+    notices += _remarks(args, shape, dali, len(train_index), batch_size, world_size)
     fingerprint = train_index.fingerprint() + val_index.fingerprint()
     return Data(train, val, train_index.classes, notices, fingerprint, shape)
 
@@ -192,7 +193,12 @@ def _indexes(args: argparse.Namespace, root: Path, notices: list[str]) -> tuple[
 
 
 def _remarks(
-    args: argparse.Namespace, shape: tuple[int, ...] | None, images: int, batch_size: int, world_size: int
+    args: argparse.Namespace,
+    shape: tuple[int, ...] | None,
+    dali: bool,
+    images: int,
+    batch_size: int,
+    world_size: int,
 ) -> list[str]:
     """What a user should know about flags that meet unusual data or each other."""
     found = []
@@ -201,7 +207,7 @@ def _remarks(
             f"event frames [T, C, H, W] = {list(shape)}: used as they are, without resizing, flips and "
             "--auto-augment"
         )
-    elif args.loader == "dali":
+    elif dali:
         if args.auto_augment != "none" and args.interpolation == "bicubic":
             found.append("--interpolation bicubic: the policy's shears and rotations stay bilinear with DALI")
         if args.disable_pinmemory:
@@ -238,19 +244,22 @@ def _tuned(args: argparse.Namespace, loader: Loader) -> list[str]:
     return []
 
 
-def _loader_class(name: str) -> type[Loader]:
-    """The class behind --loader.
+def _loader_class(name: str, notices: list[str]) -> type[Loader]:
+    """The class behind --loader; ``auto`` takes torchvision's where DALI is missing, and says so.
 
     Raises:
         UserError: it cannot be used here.
     """
-    if name == "torchvision":
-        from scalesnn.data.torchvision_loader import TorchvisionLoader
+    if name != "torchvision":
+        from scalesnn.data.dali_loader import DaliLoader, dali_problem
 
-        return TorchvisionLoader
-    from scalesnn.data.dali_loader import DaliLoader, dali_problem
+        problem = dali_problem()
+        if problem is None:
+            return DaliLoader
+        install = "pip install nvidia-dali-cuda130"
+        if name == "dali":
+            raise UserError(f"--loader dali: {problem}; {install}, or take --loader torchvision")
+        notices.append(f"images are decoded by torchvision: {problem}; DALI takes half the time: {install}")
+    from scalesnn.data.torchvision_loader import TorchvisionLoader
 
-    problem = dali_problem()
-    if problem is not None:
-        raise UserError(f"--loader dali: {problem}; install it, or take --loader torchvision")
-    return DaliLoader
+    return TorchvisionLoader

@@ -315,5 +315,7 @@ def _close(sink: Sink, summary: Record, last_lines: list[str]) -> None:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is not installed: pip install {error.name}"
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -70,6 +70,8 @@ def versions() -> dict[str, str]:
 def git_revision() -> str | None:
     """The commit of the code, with ``+`` where the work tree differs; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an installed package, perhaps within somebody else's checkout
+        return None
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
