@@ -58,7 +58,7 @@ def frames_shape(index: ImageIndex) -> tuple[int, int, int, int]:
         UserError: none can.
     """
     reason = "is empty"
-    for image in range(len(index)):
+    for image in range(min(len(index), _LOOKS)):
         try:
             shape = decode_frames(index.read(image)).shape
         except (OSError, BadImageError) as error:
@@ -66,6 +66,9 @@ def frames_shape(index: ImageIndex) -> tuple[int, int, int, int]:
             continue
         return (shape[0], shape[1], shape[2], shape[3])
     raise UserError(f"{index.root} {reason}")
+
+
+_LOOKS = 100  # files that may be bad before one tells the shape
 
 
 class FramesReader(Reader):

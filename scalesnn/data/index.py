@@ -21,6 +21,9 @@ __all__ = ["IMAGE_EXTENSIONS", "ImageIndex", "class_folders", "index_folder"]
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
+_MOST_OPEN = 256  # shards that stay open; 1024 files a process is a usual limit
+
+
 class ImageIndex:
     """The images of one split.
 
@@ -75,10 +78,16 @@ class ImageIndex:
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
             opened = os.open(os.path.join(self.root, self.files[shard]), os.O_RDONLY)
-            descriptor = self._descriptors.setdefault(shard, opened)
-            if descriptor != opened:  # another thread was first
-                os.close(opened)
-        data = os.pread(descriptor, length, int(self.offset[image]))
+            try:
+                data = os.pread(opened, length, int(self.offset[image]))
+            finally:
+                if (
+                    len(self._descriptors) >= _MOST_OPEN
+                    or self._descriptors.setdefault(shard, opened) != opened
+                ):
+                    os.close(opened)  # or another thread was first
+        else:
+            data = os.pread(descriptor, length, int(self.offset[image]))
         if len(data) < length:
             raise OSError(f"{self.files[shard]} ends inside {self.names[image]}")
         return data

@@ -18,6 +18,7 @@ from scalesnn.base import UserError
 from scalesnn.data.index import ImageIndex
 from scalesnn.data.layout import find_layout, open_splits
 from scalesnn.data.listing import BAD_LIST, read_bad_list
+from scalesnn.data.walking import printable
 
 __all__ = ["SUBSET_LIST", "add_subset_command", "choose_classes", "choose_images", "make_subset"]
 
@@ -58,7 +59,7 @@ def choose_images(index: ImageIndex, fraction: Fraction, seed: int) -> list[str]
 
 def make_subset(
     source: Path, target: Path, fraction: Fraction, seed: int, classes: int | None = None, quiet: bool = True
-) -> str:
+) -> list[str]:
     """Link a share of the training images of ``source``, and all validation images of their classes.
 
     ``target`` appears when it is complete: what is interrupted leaves nothing.
@@ -72,7 +73,7 @@ def make_subset(
         quiet: show no progress.
 
     Returns:
-        what was made, in one line.
+        what was made and what was left out, lines for the user.
 
     Raises:
         UserError: a folder or number that cannot be, or a file that can be neither linked nor copied.
@@ -108,10 +109,12 @@ def make_subset(
     how = f"{len(files) - copied} hard links"
     if copied:
         how += f", {copied} copies, because links from there to {target} are not possible"
-    return (
+    left_out = list(dict.fromkeys([*train.left_out, *val.left_out]))
+    return [
+        *left_out,
         f"{len(parts['train'])} training and {len(parts['val'])} validation images of {len(kept)} classes "
-        f"in {target} ({how}); list in {target / SUBSET_LIST}"
-    )
+        f"in {target} ({how}); list in {target / SUBSET_LIST}",
+    ]
 
 
 def _class_folders(source: Path) -> tuple[ImageIndex, ImageIndex]:
@@ -168,7 +171,7 @@ def run_subset(args: argparse.Namespace) -> int:
     made = make_subset(
         Path(args.folder), Path(args.target), args.fraction, args.seed, args.classes, args.quiet
     )
-    print(made.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    print(*map(printable, made), sep="\n")
     return 0
 
 

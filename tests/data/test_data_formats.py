@@ -7,6 +7,8 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
+import resource
 import struct
 import tarfile
 from collections.abc import Callable
@@ -249,6 +251,21 @@ def test_an_index_file_that_does_not_fit_is_not_used(index: str, tmp_path: Path)
     found = open_index(tmp_path)
     assert [(found.read(image), found.labels[image]) for image in range(len(found))] == items
     assert f"1 index files that do not fit their shard ({idx.name})" in found.left_out[0]
+
+
+def test_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for number in range(400):
+        write_tar(tmp_path / "train" / f"{number:03d}.tar", [(f"image {number}".encode(), number % 2)])
+    index = open_index(tmp_path / "train")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 300, hard))
+    try:
+        for _ in range(2):
+            assert [index.read(image) for image in range(400)] == [f"image {n}".encode() for n in range(400)]
+    finally:
+        index.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # -- event frames

@@ -44,8 +44,10 @@ def test_a_share_of_each_class_is_linked_and_validation_is_whole(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (images / "train/bee/._1.jpg").write_bytes(b"what a desktop leaves")
     assert main(["data", "subset", "images", "some/small", "--fraction", "0.25", "--quiet"]) == 0
     said = capsys.readouterr().out
+    assert "left out below images/train: 1 hidden or system entries (bee/._1.jpg)" in said
     assert "15 training and 12 validation images of 3 classes" in said
     assert "27 hard links" in said
     small = files_below(tmp_path / "some/small")
@@ -187,10 +189,11 @@ def _run(words: list[str]) -> None:
 
 def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     source = tmp_path / "images"
-    for split in ("train", "val"):
-        (source / split / "ant").mkdir(parents=True)
-        for number in range(20_000 if split == "train" else 1):
-            (source / split / "ant" / f"{number}.jpg").touch()
+    for split, count in (("train", 10_000), ("val", 1)):
+        for name in ("ant", "bee"):
+            (source / split / name).mkdir(parents=True)
+            for number in range(count):
+                (source / split / name / f"{number}.jpg").touch()
     words = ["data", "subset", str(source), str(tmp_path / "small"), "--fraction", "1", "--quiet"]
     process = multiprocessing.get_context("fork").Process(target=_run, args=(words,))
     process.start()
