@@ -9,7 +9,7 @@ from typing import Any
 
 from scalesnn.base import UserError
 
-__all__ = ["main"]
+__all__ = ["command_parser", "main"]
 
 
 def command_adders() -> Iterator[Callable[[Any], None]]:
@@ -29,6 +29,17 @@ def command_adders() -> Iterator[Callable[[Any], None]]:
     yield add_report_command
 
 
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="scalesnn", description="Beside training: plan, check, export, report."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_command in command_adders():
+        add_command(commands)
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -38,13 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0 done, 1 a problem was found, 2 the command line or a file is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="scalesnn", description="Beside training: plan, check, export, report."
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add_command in command_adders():
-        add_command(commands)
-    args = parser.parse_args(arguments)
+    args = command_parser().parse_args(arguments)
     try:
         return int(args.run(args) or 0)
     except UserError as error:

@@ -3,7 +3,7 @@
 For each stage of a policy an image belongs to one group (a branch of the graph), and its parameters come in
 as inputs. Distances from torchvision with Pillow, mean of 0 … 255: none for identity, translation,
 brightness, posterise, solarise and invert; below 0.7 for the others, but 2.1 for equalise, which DALI
-computes by another formula. Measured in tests/data/test_data_operations.py.
+computes by another formula. Measured in tests/data/test_data_parity.py.
 """
 
 from __future__ import annotations

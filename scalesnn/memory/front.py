@@ -50,7 +50,7 @@ def has_front(net: nn.Module, options: Options, x_seq: Tensor) -> bool:
     """Whether the first of the net's pieces (see ``base.Piece``) can be its front.
 
     Not where it would be of no use (few chunks), nor where it would not be exact: hooks that want to see
-    every step at once, layers of other kinds, statistics over ranks, weights that are not there later.
+    every step at once, layers of other kinds, weights that are not there later.
     """
     if options.keep_borders or options.whole or options.at_once or -(-x_seq.shape[0] // options.steps) <= FEW:
         return False
