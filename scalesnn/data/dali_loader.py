@@ -34,6 +34,7 @@ from scalesnn.data.loader import Loader, LoaderSettings
 from scalesnn.data.mixing import Mixer
 from scalesnn.data.reading import Prefetcher, RawBatch, Reader
 from scalesnn.data.sampling import BatchKeys
+from scalesnn.data.transfer import to_device
 
 __all__ = ["DaliLoader", "dali_problem"]
 
@@ -167,7 +168,7 @@ class DaliLoader(Loader):
                 raw = running.popleft().raw
                 self.bad.replaced += raw.replaced
                 labels = torch.from_numpy(self.index.labels[raw.images])
-                yield images, labels.to(self.settings.device, non_blocking=True), raw.keys
+                yield images, to_device(labels, self.settings.device), raw.keys
         finally:
             prefetcher.close()
             self._drop(running)

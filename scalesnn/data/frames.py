@@ -23,6 +23,7 @@ from scalesnn.data.loader import Loader, LoaderSettings
 from scalesnn.data.mixing import Mixer
 from scalesnn.data.reading import Prefetcher, RawBatch, Reader
 from scalesnn.data.sampling import BatchKeys
+from scalesnn.data.transfer import to_device
 
 __all__ = ["FramesLoader", "decode_frames", "frames_shape"]
 
@@ -130,7 +131,8 @@ class FramesLoader(Loader):
                 raw, images = prepared
                 self.bad.replaced += raw.replaced
                 labels = torch.from_numpy(self.index.labels[raw.images])
-                yield images.to(settings.device, settings.dtype), labels.to(settings.device), raw.keys
+                images = to_device(images.to(settings.dtype), settings.device, settings.pin_memory)
+                yield images, to_device(labels, settings.device), raw.keys
         finally:
             prefetcher.close()
 

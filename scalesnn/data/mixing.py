@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scalesnn.data.sampling import BatchKeys, Purpose, uniforms
+from scalesnn.data.transfer import to_device
 
 __all__ = ["MixDraws", "Mixer", "draw_mix"]
 
@@ -133,13 +134,14 @@ class Mixer:
         height, width = images.shape[-2:]
         draws = draw_mix(self.seed, epoch, keys, (height, width), self.mixup_alpha, self.cutmix_alpha)
         device = images.device
-        partner = torch.from_numpy(draws.partner).to(device)
+        drawn = np.column_stack((draws.partner, draws.box, draws.share, draws.pixels))  # float64: one copy
+        columns = to_device(torch.from_numpy(drawn), device)
+        partner, box = columns[:, 0].long(), columns[:, 1:5].long()
         one_hot = torch.nn.functional.one_hot(labels, self.classes).float()
-        share = torch.from_numpy(draws.share).to(device, torch.float32)[:, None]
+        share = columns[:, 5, None].float()
         targets = one_hot * share + one_hot[partner] * (1 - share)
         ones = (1,) * (images.dim() - 1)
-        own = torch.from_numpy(draws.pixels).to(device, images.dtype).reshape(-1, *ones)
-        box = torch.from_numpy(draws.box).to(device)
+        own = columns[:, 6].to(images.dtype).reshape(-1, *ones)
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
         in_rows = (rows >= box[:, :1]) & (rows < box[:, 1:2])
         in_columns = (columns >= box[:, 2:3]) & (columns < box[:, 3:])

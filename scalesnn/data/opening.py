@@ -211,7 +211,7 @@ def _remarks(
         if args.auto_augment != "none" and args.interpolation == "bicubic":
             found.append("--interpolation bicubic: the policy's shears and rotations stay bilinear with DALI")
         if args.disable_pinmemory:
-            found.append("--disable-pinmemory concerns the torchvision loader only")
+            found.append("--disable-pinmemory does not concern the DALI loader")
     if batch_size % 2 and world_size > 1 and (args.mixup_alpha > 0 or args.cutmix_alpha > 0):
         found.append(
             f"an odd batch size ({batch_size}) on {world_size} ranks: the partners of mixup and cutmix "

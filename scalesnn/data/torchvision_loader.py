@@ -24,6 +24,7 @@ from scalesnn.data.loader import Loader, LoaderSettings
 from scalesnn.data.mixing import Mixer
 from scalesnn.data.sampling import BatchKeys
 from scalesnn.data.torchvision_operations import apply_policy
+from scalesnn.data.transfer import to_device
 
 __all__ = ["TorchvisionLoader"]
 
@@ -175,7 +176,7 @@ class TorchvisionLoader(Loader):
             if stacked is None:
                 stacked = torch.empty((0, 3, size, size))
             images = stacked.to(settings.device, settings.dtype, non_blocking=True)
-            labels = torch.from_numpy(self.index.labels[chosen]).to(settings.device, non_blocking=True)
+            labels = to_device(torch.from_numpy(self.index.labels[chosen]), settings.device)
             yield images.contiguous(memory_format=torch.channels_last), labels, keys.select(mask)
 
     def close(self) -> None:

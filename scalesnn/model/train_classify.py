@@ -42,6 +42,7 @@ from scalesnn.training.hang_watch import HangWatch, add_hang_arguments
 from scalesnn.training.hook_checks import check_hooks, check_optimizer, check_schedule, refuses, uses_default
 from scalesnn.training.loop import Run
 from scalesnn.training.metrics import accuracy
+from scalesnn.training.numerics import set_tf32
 from scalesnn.training.opening import (
     FinishedRun,
     build_model,
@@ -254,6 +255,7 @@ class Trainer:
         check_arguments(args)
         check_hooks(self, args)
         set_deterministic(args.seed, args.disable_uda)
+        set_tf32(args.tf32)
         self.topology = Topology.from_environment(local_rank_flag=args.local_rank)
         place_process(self.topology, bind=not args.no_cpu_binding)
         apply_global_batch(args, self.topology.world_size)

@@ -243,6 +243,9 @@ def add_run_arguments(parser: RecipeParser) -> None:
     group.add_argument("--test-only", action="store_true", help="only evaluate")
     group.add_argument("--disable-amp", action="store_true", help="no bf16 autocast on a GPU")
     group.add_argument(
+        "--tf32", action="store_true", help="float32 products in TF32 on a GPU (factors of 10 bits, faster)"
+    )
+    group.add_argument(
         "--disable-uda",
         action="store_true",
         help="do not insist on deterministic algorithms (faster on a GPU)",
