@@ -13,4 +13,6 @@ def __getattr__(name: str) -> ModuleType:
     """Import a submodule of ``__all__`` at its first use, so that ``import scalesnn`` stays light."""
     if name in __all__:
         return importlib.import_module(f"scalesnn.{name}")
-    raise AttributeError(f"module 'scalesnn' has no attribute {name!r}")
+    from scalesnn.movers import missing
+
+    raise missing(__name__, name, __all__)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from scalesnn.movers import missing
 
 __all__ = ["MemoryModule", "MultiStepModule", "Piece", "StepModule", "UserError"]
 
@@ -151,3 +153,10 @@ class MemoryModule(nn.Module, StepModule):
                 if isinstance(value, Tensor):
                     values[name] = fn(value)
         return super()._apply(fn, recurse)
+
+
+if not TYPE_CHECKING:  # for type checkers a name that is not here is an error
+
+    def __getattr__(name: str) -> Any:
+        """Say what comes nearest to a name of SpikingJelly's that is not here."""
+        raise missing(__name__, name, __all__)

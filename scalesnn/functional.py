@@ -4,11 +4,13 @@ time."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from scalesnn.base import MemoryModule, StepModule, UserError
+from scalesnn.movers import missing
 
 __all__ = [
     "check_step_mode",
@@ -160,3 +162,10 @@ def _chain(x: Tensor, modules: Stateless) -> Tensor:
     for module in modules:
         x = module(x)
     return x
+
+
+if not TYPE_CHECKING:  # for type checkers a name that is not here is an error
+
+    def __getattr__(name: str) -> Any:
+        """Say what comes nearest to a name of SpikingJelly's that is not here."""
+        raise missing(__name__, name, __all__)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from scalesnn.kernels.unit import (
     usable,
     why_not_cupy,
 )
+from scalesnn.movers import missing
 from scalesnn.surrogate import Sigmoid, SurrogateFunctionBase
 
 __all__ = ["BaseNode", "IFNode", "LIFNode", "ParametricLIFNode"]
@@ -342,3 +343,10 @@ def _stack(steps: list[Tensor]) -> Tensor:
     if steps[0].dim() == 0:
         return torch.stack(steps)
     return torch.cat(steps).unflatten(0, (len(steps), steps[0].shape[0]))
+
+
+if not TYPE_CHECKING:  # for type checkers a name that is not here is an error
+
+    def __getattr__(name: str) -> Any:
+        """Say what comes nearest to a name of SpikingJelly's that is not here."""
+        raise missing(__name__, name, __all__)

@@ -10,13 +10,14 @@ the field defines one.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalesnn.base import UserError
+from scalesnn.movers import missing
 
 __all__ = [
     "S2NN",
@@ -419,3 +420,10 @@ class Rect(_AlphaSurrogate):
 
     def primitive(self, x: Tensor) -> Tensor:
         return (self.alpha * x + 0.5).clamp(0, 1)
+
+
+if not TYPE_CHECKING:  # for type checkers a name that is not here is an error
+
+    def __getattr__(name: str) -> Any:
+        """Say what comes nearest to a name of SpikingJelly's that is not here."""
+        raise missing(__name__, name, __all__)

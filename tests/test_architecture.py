@@ -12,7 +12,7 @@ LIBRARY = sorted((ROOT / "scalesnn").rglob("*.py"))
 MODULES = [*LIBRARY, *sorted((ROOT / "launch").rglob("*.py"))]
 # A module may import those of its own level and of lower ones. What is not named here stands with cli.
 LEVELS = {
-    **dict.fromkeys(["base", "configs"], 0),
+    **dict.fromkeys(["base", "configs", "movers"], 0),
     **dict.fromkeys(["kernels", "surrogate"], 1),
     **dict.fromkeys(["layer", "neuron", "functional"], 2),
     **dict.fromkeys(["tracking", "parallel", "memory", "data", "model"], 3),

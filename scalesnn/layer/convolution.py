@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from scalesnn.kernels import spike_layers, spikes
-from scalesnn.layer.step import StepLayer, is_repeated
+from scalesnn.layer.step import Plain, StepLayer, is_repeated
 
-__all__ = ["Conv2d"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
 
 
 class Conv2d(StepLayer, nn.Conv2d):
@@ -91,3 +91,33 @@ def _last(x: Tensor) -> Tensor:
     """``x`` [N, C, H, W] itself if it is channels_last, else a copy that is; one image [C, H, W] as it is."""
     # not contiguous(): that of one channel counts as channels_last with any strides
     return x if x.dim() != 4 or _lies_last(x) else x.clone(memory_format=torch.channels_last)
+
+
+class Conv1d(Plain, nn.Conv1d):
+    """``torch.nn.Conv1d`` for [N, C, L] or [T, N, C, L], with ``step_mode``."""
+
+    spaces = (1,)
+
+
+class Conv3d(Plain, nn.Conv3d):
+    """``torch.nn.Conv3d`` for [N, C, D, H, W] or [T, N, C, D, H, W], with ``step_mode``."""
+
+    spaces = (3,)
+
+
+class ConvTranspose1d(Plain, nn.ConvTranspose1d):  # type: ignore[misc]  # no output_size
+    """``torch.nn.ConvTranspose1d`` for [N, C, L] or [T, N, C, L], with ``step_mode``."""
+
+    spaces = (1,)
+
+
+class ConvTranspose2d(Plain, nn.ConvTranspose2d):  # type: ignore[misc]  # no output_size
+    """``torch.nn.ConvTranspose2d`` for [N, C, H, W] or [T, N, C, H, W], with ``step_mode``."""
+
+    spaces = (2,)
+
+
+class ConvTranspose3d(Plain, nn.ConvTranspose3d):  # type: ignore[misc]  # no output_size
+    """``torch.nn.ConvTranspose3d`` for [N, C, D, H, W] or [T, N, C, D, H, W], with ``step_mode``."""
+
+    spaces = (3,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from scalesnn.base import UserError
 from scalesnn.functional import seq_to_ann_forward
@@ -12,7 +13,14 @@ from scalesnn.kernels.unit import Normalisation, normalise, usable
 from scalesnn.layer.step import StepLayer, check_images, is_repeated, once_of
 from scalesnn.neuron import BaseNode
 
-__all__ = ["BatchNorm2d", "GroupNorm", "convert_sync_batchnorm", "is_watched"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "convert_sync_batchnorm",
+    "is_watched",
+]
 
 
 class _NormUnit(StepLayer):
@@ -51,8 +59,8 @@ class _NormUnit(StepLayer):
         raise NotImplementedError
 
 
-class BatchNorm2d(_NormUnit, nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d``, in step mode ``'m'`` with statistics over time, batch and space.
+class _BatchNorm(_NormUnit, BatchNorm):
+    """torch's BatchNorm, in step mode ``'m'`` with statistics over time, batch and space.
 
     torch's arguments, and ``step_mode``. ``forward(x, neuron, residual)``: the whole unit norm → (+
     residual) → neuron.
@@ -69,7 +77,7 @@ class BatchNorm2d(_NormUnit, nn.BatchNorm2d):
     def _fuses(self, x: Tensor, neuron: nn.Module | None, residual: Tensor | None) -> bool:
         if (
             self.step_mode != "m"
-            or x.dim() != 5
+            or x.dim() - 3 not in self.spaces
             or x.shape[2] != self.num_features
             or self.backend == "torch"
         ):
@@ -148,19 +156,49 @@ class BatchNorm2d(_NormUnit, nn.BatchNorm2d):
     def _normalise_over_group(self, x: Tensor) -> Tensor:
         """Plain torch with statistics over the process group, on any backend; autograd goes through the
         sums."""
-        dims = [d for d in range(x.dim()) if d != x.dim() - 3]
+        channel = 2 if self.step_mode == "m" else 1
+        dims = [d for d in range(x.dim()) if d != channel]
+
+        def along(values: Tensor) -> Tensor:
+            return values.view([-1, *[1] * (x.dim() - channel - 1)])
+
         wide = x.double() if x.dtype == torch.float64 else x.float()
-        count = torch.full((), x.numel() // x.shape[-3], dtype=torch.float64, device=x.device)
+        count = torch.full((), x.numel() // x.shape[channel], dtype=torch.float64, device=x.device)
         count = normalisation.all_reduce(count, self.group).to(wide.dtype)
         mean = normalisation.differentiable_all_reduce(wide.sum(dims), self.group) / count
-        centred = wide - mean[:, None, None]
+        centred = wide - along(mean)
         variance = normalisation.differentiable_all_reduce(centred.square().sum(dims), self.group) / count
         if self.training:
             self._update_running_statistics(mean.detach(), variance.detach(), count)
-        y = centred * (variance + self.eps).rsqrt()[:, None, None]
+        y = centred * along((variance + self.eps).rsqrt())
         if self.weight is not None and self.bias is not None:
-            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+            y = y * along(self.weight) + along(self.bias)
         return y.to(x.dtype)
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` for [N, C], [N, C, L], [T, N, C] or [T, N, C, L]; else as BatchNorm2d."""
+
+    spaces = (0, 1)
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d``, in step mode ``'m'`` with statistics over time, batch and space.
+
+    torch's arguments, and ``step_mode``. ``forward(x, neuron, residual)``: the whole unit norm → (+
+    residual) → neuron.
+
+    Attributes:
+        backend: 'auto' runs fused where possible, 'torch' is the reference.
+        group: name of the process group over which statistics are taken, '' for none; set by
+            ``convert_sync_batchnorm``.
+    """
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` for [N, C, D, H, W] or [T, N, C, D, H, W]; else as BatchNorm2d."""
+
+    spaces = (3,)
 
 
 def _over_group(moments: Tensor, count: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +226,7 @@ def is_watched(module: nn.Module) -> bool:
 def convert_sync_batchnorm(
     model: nn.Module, process_group: torch.distributed.ProcessGroup | None = None
 ) -> nn.Module:
-    """Let every BatchNorm2d of the model take its statistics over all ranks of a process group, NCCL or gloo.
+    """Let every BatchNorm of the model take its statistics over all ranks of a process group, NCCL or gloo.
 
     Args:
         process_group: all ranks where None.
@@ -200,7 +238,7 @@ def convert_sync_batchnorm(
     if group is None:
         raise UserError("synchronised BatchNorm needs torch.distributed to be initialised")
     for module in model.modules():
-        if isinstance(module, BatchNorm2d):
+        if isinstance(module, _BatchNorm):
             module.group = group.group_name
     return model
 

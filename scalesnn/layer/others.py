@@ -1,4 +1,4 @@
-"""Linear, Flatten and Dropout that know step modes, and containers of single-step modules."""
+"""Linear, Flatten, Upsample and Dropout that know step modes, and containers of single-step modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from scalesnn.base import MemoryModule, MultiStepModule, UserError
 from scalesnn.functional import multi_step_forward, seq_to_ann_forward
 from scalesnn.layer.step import StepLayer
 
-__all__ = ["Dropout", "Flatten", "Linear", "MultiStepContainer", "SeqToANNContainer"]
+__all__ = [
+    "Dropout",
+    "Dropout2d",
+    "Flatten",
+    "Identity",
+    "Linear",
+    "MultiStepContainer",
+    "SeqToANNContainer",
+    "Upsample",
+]
 
 
 class Linear(StepLayer, nn.Linear):
@@ -24,6 +33,18 @@ class Flatten(StepLayer, nn.Flatten):
 
     def forward(self, x: Tensor) -> Tensor:
         """Flatten every sample."""
+        return super().forward(x) if self.step_mode == "s" else seq_to_ann_forward(x, super().forward)
+
+
+class Identity(StepLayer, nn.Identity):
+    """``torch.nn.Identity``, of any shape, with a ``step_mode`` that can be set."""
+
+
+class Upsample(StepLayer, nn.Upsample):
+    """``torch.nn.Upsample`` for [N, C, …] or [T, N, C, …]; torch's arguments, and ``step_mode``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Upsample every sample."""
         return super().forward(x) if self.step_mode == "s" else seq_to_ann_forward(x, super().forward)
 
 
@@ -54,7 +75,7 @@ class Dropout(MemoryModule):
 
     def _mask_for(self, x: Tensor) -> Tensor:
         if self.mask is None:
-            self.mask = F.dropout(torch.ones_like(x), self.p, training=True)
+            self.mask = self._draw(x)
         elif self.mask.shape != x.shape:
             raise UserError(
                 f"Dropout holds a mask of shape {tuple(self.mask.shape)} but got an input of shape "
@@ -62,9 +83,19 @@ class Dropout(MemoryModule):
             )
         return self.mask
 
+    def _draw(self, x: Tensor) -> Tensor:
+        return F.dropout(torch.ones_like(x), self.p, training=True)
+
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of it."""
         return f"p={self.p}, step_mode={self.step_mode}"
+
+
+class Dropout2d(Dropout):
+    """``Dropout`` of whole channels of [N, C, H, W] or [T, N, C, H, W]."""
+
+    def _draw(self, x: Tensor) -> Tensor:
+        return F.dropout2d(torch.ones_like(x), self.p, training=True)
 
 
 class _SingleStepContainer(nn.Sequential, MultiStepModule):

@@ -5,9 +5,19 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from scalesnn.kernels import spike_layers, spikes
-from scalesnn.layer.step import StepLayer, is_repeated
+from scalesnn.layer.step import Plain, StepLayer, is_repeated
 
-__all__ = ["AdaptiveAvgPool2d", "AvgPool2d", "MaxPool2d"]
+__all__ = [
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+]
 
 
 class MaxPool2d(StepLayer, nn.MaxPool2d):
@@ -43,18 +53,49 @@ class MaxPool2d(StepLayer, nn.MaxPool2d):
         return kernel, stride, padding, dilation, self.ceil_mode
 
 
-class AvgPool2d(StepLayer, nn.AvgPool2d):
-    """``torch.nn.AvgPool2d`` for [N, C, H, W] or [T, N, C, H, W]; torch's arguments, and ``step_mode``."""
+class MaxPool1d(Plain, nn.MaxPool1d):
+    """``torch.nn.MaxPool1d`` for [N, C, L] or [T, N, C, L], with ``step_mode``."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool every image."""
-        return self._over_time(super().forward, x)
+    spaces = (1,)
 
 
-class AdaptiveAvgPool2d(StepLayer, nn.AdaptiveAvgPool2d):
-    """``torch.nn.AdaptiveAvgPool2d`` for [N, C, H, W] or [T, N, C, H, W]; torch's argument, and
-    ``step_mode``."""
+class MaxPool3d(Plain, nn.MaxPool3d):
+    """``torch.nn.MaxPool3d`` for [N, C, D, H, W] or [T, N, C, D, H, W], with ``step_mode``."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool every image."""
-        return self._over_time(super().forward, x)
+    spaces = (3,)
+
+
+class AvgPool1d(Plain, nn.AvgPool1d):
+    """``torch.nn.AvgPool1d`` for [N, C, L] or [T, N, C, L], with ``step_mode``."""
+
+    spaces = (1,)
+
+
+class AvgPool2d(Plain, nn.AvgPool2d):
+    """``torch.nn.AvgPool2d`` for [N, C, H, W] or [T, N, C, H, W], with ``step_mode``."""
+
+    spaces = (2,)
+
+
+class AvgPool3d(Plain, nn.AvgPool3d):
+    """``torch.nn.AvgPool3d`` for [N, C, D, H, W] or [T, N, C, D, H, W], with ``step_mode``."""
+
+    spaces = (3,)
+
+
+class AdaptiveAvgPool1d(Plain, nn.AdaptiveAvgPool1d):
+    """``torch.nn.AdaptiveAvgPool1d`` for [N, C, L] or [T, N, C, L], with ``step_mode``."""
+
+    spaces = (1,)
+
+
+class AdaptiveAvgPool2d(Plain, nn.AdaptiveAvgPool2d):
+    """``torch.nn.AdaptiveAvgPool2d`` for [N, C, H, W] or [T, N, C, H, W], with ``step_mode``."""
+
+    spaces = (2,)
+
+
+class AdaptiveAvgPool3d(Plain, nn.AdaptiveAvgPool3d):
+    """``torch.nn.AdaptiveAvgPool3d`` for [N, C, D, H, W] or [T, N, C, D, H, W], with ``step_mode``."""
+
+    spaces = (3,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -11,11 +11,20 @@ from scalesnn.base import StepModule, UserError
 from scalesnn.functional import seq_to_ann_forward
 from scalesnn.kernels import spikes
 
-__all__ = ["StepLayer", "check_images", "is_repeated", "once_of"]
+__all__ = ["Plain", "StepLayer", "check_images", "is_repeated", "once_of"]
+
+
+SPACE = ("", ", L", ", H, W", ", D, H, W")  # of inputs with 0 … 3 dimensions of space
 
 
 class StepLayer(nn.Module, StepModule):
-    """What the wrapped torch layers share. It stands before torch's class among a layer's bases."""
+    """What the wrapped torch layers share. It stands before torch's class among a layer's bases.
+
+    Attributes:
+        spaces: how many dimensions of space an input may have, after N and C.
+    """
+
+    spaces: ClassVar[tuple[int, ...]] = (2,)
 
     def __init__(self, *args: Any, step_mode: str = "s", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -27,7 +36,7 @@ class StepLayer(nn.Module, StepModule):
         return ", ".join(part for part in parts if part)
 
     def _over_time(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run torch's ``forward`` on images, in either step mode."""
+        """Run torch's ``forward`` on images (or whatever ``spaces`` says), in either step mode."""
         check_images(self, x)
         if self.step_mode == "s":
             return forward(x)
@@ -37,15 +46,27 @@ class StepLayer(nn.Module, StepModule):
         return seq_to_ann_forward(x, forward)
 
 
-def check_images(layer: StepModule, x: Tensor) -> None:
-    """Refuse an input that does not fit the step mode."""
-    expected, shape = (4, "[N, C, H, W]") if layer.step_mode == "s" else (5, "[T, N, C, H, W]")
-    if x.dim() == expected or (layer.step_mode == "s" and x.dim() == 3):
+class Plain(StepLayer):
+    """torch's layer without state over time, and without more to know than the step mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, …] or [T, N, C, …], as ``step_mode`` says."""
+        return self._over_time(super().forward, x)
+
+
+def check_images(layer: StepLayer, x: Tensor) -> None:
+    """Refuse an input that does not fit the step mode. One sample without N is torch's to take or refuse."""
+    time = int(layer.step_mode == "m")
+    spaces, space = layer.spaces, x.dim() - 2 - time
+    if space in spaces or (not time and space + 1 in spaces):
         return
-    message = f"{type(layer).__name__} in step mode {layer.step_mode!r} expects {shape}, got {tuple(x.shape)}"
-    if x.dim() == 5:
+    expected = " or ".join(f"[{'T, ' * time}N, C{SPACE[s]}]" for s in spaces)
+    message = (
+        f"{type(layer).__name__} in step mode {layer.step_mode!r} expects {expected}, got {tuple(x.shape)}"
+    )
+    if not time and space - 1 in spaces:
         message += ": call functional.set_step_mode(model, 'm')"
-    elif x.dim() == 4:
+    elif time and space + 1 in spaces:
         message += ": call functional.set_step_mode(model, 's'), or put the time-steps first"
     raise UserError(message)
 

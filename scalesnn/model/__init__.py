@@ -12,4 +12,6 @@ def __getattr__(name: str) -> ModuleType:
     """Import a submodule of ``__all__`` at its first use."""
     if name in __all__:
         return importlib.import_module(f"scalesnn.model.{name}")
-    raise AttributeError(f"module 'scalesnn.model' has no attribute {name!r}")
+    from scalesnn.movers import missing
+
+    raise missing(__name__, name, __all__)

@@ -18,9 +18,10 @@ from scalesnn import functional, layer, neuron, surrogate
 SHARES = [(0, 3), (3, 4)]  # of four samples
 
 
-def make(backend: str) -> tuple[layer.BatchNorm2d, layer.BatchNorm2d, neuron.LIFNode]:
+def make(backend: str, space: int) -> tuple[Any, Any, neuron.LIFNode]:
     torch.manual_seed(0)
-    first, second = layer.BatchNorm2d(6, step_mode="m").double(), layer.BatchNorm2d(6, step_mode="m").double()
+    kind = layer.BatchNorm2d if space == 2 else layer.BatchNorm1d
+    first, second = kind(6, step_mode="m").double(), kind(6, step_mode="m").double()
     with torch.no_grad():
         first.weight.uniform_(0.5, 2)
     node = neuron.LIFNode(step_mode="m", surrogate_function=surrogate.ATan(), backend=backend)
@@ -29,30 +30,30 @@ def make(backend: str) -> tuple[layer.BatchNorm2d, layer.BatchNorm2d, neuron.LIF
     return first, second, node
 
 
-def run(backend: str, start: int, stop: int, norms: Any = None) -> dict[str, torch.Tensor]:
-    first, second, node = make(backend)
+def run(backend: str, space: int, start: int, stop: int, norms: Any = None) -> dict[str, torch.Tensor]:
+    first, second, node = make(backend, space)
     if norms is not None:
         norms(torch.nn.ModuleList([first, second]))
     generator = torch.Generator().manual_seed(3)
     x = (torch.randn(3, 4, 6, 5, 5, generator=generator, dtype=torch.float64) * 2 + 1)[:, start:stop]
-    x = x.clone().requires_grad_()
+    x = (x if space == 2 else x.flatten(3)).clone().requires_grad_()
     y = second(first(x, neuron=node))
     weights = torch.linspace(-1, 1, 3 * 4 * 150).view(3, 4, 6, 5, 5)[:, start:stop]
-    (y * weights).sum().backward()
+    (y.view(weights.shape) * weights).sum().backward()
     return {
         "x": x.grad, "weight": first.weight.grad, "bias": first.bias.grad, "y": y.detach(),
         "mean": first.running_mean, "var": first.running_var, "mean2": second.running_mean,
     }  # fmt: skip
 
 
-def worker(rank: int, port: int, backend: str, folder: str) -> None:
+def worker(rank: int, port: int, backend: str, space: int, folder: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group(
         "gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    result = run(backend, *SHARES[rank], norms=layer.convert_sync_batchnorm)
+    result = run(backend, space, *SHARES[rank], norms=layer.convert_sync_batchnorm)
     torch.save(result, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -60,14 +61,14 @@ def worker(rank: int, port: int, backend: str, folder: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_statistics_and_gradients_over_two_ranks(backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "space"), [("auto", 2), ("torch", 2), ("torch", 1)])
+def test_statistics_and_gradients_over_two_ranks(backend: str, space: int, tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    mp.spawn(worker, (port, backend, str(tmp_path)), nprocs=2)
+    mp.spawn(worker, (port, backend, space, str(tmp_path)), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    whole = run("torch", 0, 4)
+    whole = run("torch", space, 0, 4)
     for name in ("x", "y"):
         torch.testing.assert_close(
             torch.cat([part[name] for part in parts], 1), whole[name], rtol=1e-9, atol=1e-11
