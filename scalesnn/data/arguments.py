@@ -25,6 +25,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-path",
         type=str,
         default=None,
+        metavar="DIR",
         help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg; without it, the images of scalesnn itself",
     )
     add(

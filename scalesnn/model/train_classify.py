@@ -228,7 +228,8 @@ class Trainer:
         try:
             self._main(args)
         except UserError as error:
-            rank = int(os.environ.get("RANK", "0"))
+            said = os.environ.get("RANK", "0")
+            rank = int(said) if said.isdigit() else 0
             if rank:  # every rank finds the same fault: rank 0 says it, unless only this rank has it
                 time.sleep(5)
             print(f"scalesnn: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)

@@ -37,6 +37,7 @@ def _fsdp() -> type[Strategy]:
     return FSDPStrategy
 
 
+LONGEST_TIMEOUT = 7 * 24 * 60  # minutes
 # Each is imported only when it is chosen: DeepSpeed alone takes seconds.
 STRATEGIES: dict[str, Callable[[], type[Strategy]]] = {
     "single": _single,
@@ -158,6 +159,10 @@ def create_strategy(args: Any, topology: Topology) -> Strategy:
         raise UserError(f"--gradient-accumulation must be at least 1, got {args.gradient_accumulation}")
     if args.clip_grad_norm is not None and not args.clip_grad_norm >= 0:
         raise UserError(f"--clip-grad-norm must be 0 or more, got {args.clip_grad_norm}")
+    if not 0 < args.dist_timeout <= LONGEST_TIMEOUT:
+        raise UserError(
+            f"--dist-timeout must be above 0 and at most {LONGEST_TIMEOUT} minutes, got {args.dist_timeout}"
+        )
     if args.on_nan not in ("stop", "skip"):
         raise UserError(f"--on-nan must be stop or skip, got {args.on_nan!r}")
     if args.world_size is not None and args.world_size != topology.world_size:

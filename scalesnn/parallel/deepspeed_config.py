@@ -37,15 +37,17 @@ def read_config(path: str) -> dict[str, Any]:
         UserError: the file cannot be read or is not a JSON object.
     """
     try:
-        config = json.loads(find_config("--deepspeed_config", path, "*.json").read_text())
+        config = json.loads(find_config("--deepspeed_config", path, "*.json").read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"--deepspeed_config {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise UserError(f"--deepspeed_config {path}: not a text file") from None
+        raise UserError(f"--deepspeed_config {path}: not a text file in UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"--deepspeed_config {path}, line {error.lineno}: not valid JSON: {error.msg}"
         ) from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"--deepspeed_config {path}: cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed_config {path}: expected a JSON object, got {type(config).__name__}")
     return config

@@ -56,7 +56,10 @@ class FSDPConfig:
         if path is None:
             return cls()
         try:
-            settings = yaml.safe_load(find_config("--fsdp-config", path, "[fh]sdp.yaml").read_text()) or {}
+            settings = (
+                yaml.safe_load(find_config("--fsdp-config", path, "[fh]sdp.yaml").read_text(encoding="utf-8"))
+                or {}
+            )
         except OSError as error:
             raise UserError(f"--fsdp-config {path}: {error.strerror or error}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:

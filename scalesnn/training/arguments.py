@@ -1,27 +1,28 @@
 """The command line: one parser for flags and recipes.
 
 A recipe (``--config RECIPE.yaml``) sets the default of any flag; a flag on the command line wins, wherever it
-stands. Parsing of both is jsonargparse's; what is ours is the wording of errors, and ``args.explicit``: the
-names of the settings that the user gave, by flag or by recipe, as against those left at their defaults.
+stands. A recipe is turned into words of a command line, and jsonargparse parses those. What is ours is the
+wording of errors, and ``args.explicit``: the names of the settings that the user gave, by flag or by recipe,
+as against those left at their defaults.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 import torch
 import torchvision
-import yaml
 
 from scalesnn.base import UserError
 from scalesnn.configs import find_config
 from scalesnn.parallel.devices import unusable_gpu
+from scalesnn.training.recipes import read_recipe, words_of
 
 __all__ = [
     "RecipeParser",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
+PATHS = ("DIR", "FILE", "JSON", "PATH", "RECIPE", "YAML")  # metavars of flags that take a path
 SCHEDULERS = ("step", "cosa", "exp")
 WARMUPS = ("linear", "constant")
 
@@ -65,29 +67,29 @@ class RecipeParser(jsonargparse.ArgumentParser):
         """
         words = list(sys.argv[1:] if args is None else args)
         recipes, words = split_recipes(words)
+        given = self._given(words)
+        settings: dict[str, list[str]] = {}
         try:
-            recipes = [str(find_config("--config", name, "recipes/*.yaml")) for name in recipes]
+            for recipe in recipes:
+                settings |= self._of_recipe(str(find_config("--config", recipe, "recipes/*.yaml")))
         except UserError as error:
             self.error(str(error))
-        given = self._given(words)
-        for recipe in recipes:
-            given |= self._check_recipe(recipe)
-        recipe_words = [word for recipe in recipes for word in ("--config", recipe)]
-        namespace = super().parse_args([*recipe_words, *words], *rest, **kwargs)
-        namespace.explicit = given
+        of_recipes = [word for setting in settings.values() for word in setting]
+        namespace = super().parse_args([*of_recipes, *words], *rest, **kwargs)
+        for action in self._actions:
+            value = getattr(namespace, action.dest, None)
+            if value == [] and action.nargs is None:  # argparse takes `--flag=--` for the end of the flags
+                self.error(f"{action.option_strings[-1]}: '--' is not a value")
+            if action.metavar in PATHS and isinstance(value, str) and value.startswith("~"):
+                setattr(namespace, action.dest, os.path.expanduser(value))  # no shell has done it
+        namespace.config = recipes or None
+        namespace.explicit = given | set(settings)
         return namespace
 
     def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
         """Print what is wrong in one line and exit with code 2."""
         print(f"{self.prog}: {self._plain(message)}", file=sys.stderr)
         raise SystemExit(2)
-
-    def _destinations(self) -> list[str]:
-        return [
-            a.dest
-            for a in self._actions
-            if a.option_strings and a.dest not in ("help", "config", "print_config")
-        ]
 
     def _given(self, words: list[str]) -> set[str]:
         names = {word.split("=", 1)[0] for word in words if word.startswith("-")}
@@ -98,28 +100,23 @@ class RecipeParser(jsonargparse.ArgumentParser):
             if len(option) == 2 and any(w.startswith(option) and not w.startswith("--") for w in words)
         }
 
-    def _check_recipe(self, path: str) -> set[str]:
-        try:
-            settings = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            self.error(f"--config {path}: {error.strerror or error}")
-        except yaml.YAMLError as error:
-            where = getattr(error, "problem_mark", None)
-            line = f", line {where.line + 1}" if where else ""
-            self.error(f"--config {path}{line}: not valid YAML: {getattr(error, 'problem', error)}")
-        if settings is None:
-            settings = {}
-        if not isinstance(settings, dict):
-            self.error(
-                f"--config {path}: expected lines of the form 'flag: value', got {type(settings).__name__}"
-            )
-        known = self._destinations()
-        for key in settings:
+    def _of_recipe(self, path: str) -> dict[str, list[str]]:
+        """By destination, the words that a recipe stands for.
+
+        Raises:
+            UserError: the recipe cannot be read, or has a setting or a value that no flag takes.
+        """
+        apart = ("help", "config", "print_config")
+        known = {a.dest: a for a in self._actions if a.option_strings and a.dest not in apart}
+        words = {}
+        for key, value in read_recipe(path).items():
             if key not in known:
-                options = [o.lstrip("-").replace("-", "_") for a in self._actions for o in a.option_strings]
+                options = [o.lstrip("-").replace("-", "_") for a in known.values() for o in a.option_strings]
                 hint = nearest(str(key).replace("-", "_"), [*known, *options])
-                self.error(f"--config {path}: unknown setting {key!r}{hint}")
-        return set(settings)
+                raise UserError(f"--config {path}: unknown setting {key!r}{hint}")
+            if value is not None:
+                words[key] = words_of(known[key], value)
+        return words
 
     def _plain(self, message: str) -> str:
         """Turn jsonargparse's wording into ours."""
@@ -259,7 +256,11 @@ def check_arguments(args: Any) -> None:
     Raises:
         UserError: one line that names the flag, what was given and what is possible.
     """
+    for flag, value in vars(args).items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"{option(flag)} must fit 64 bits, got {value}")
     for flag, least in {
+        "seed": 0,
         "batch_size": 1,
         "epochs": 1,
         "T": 1,

@@ -57,19 +57,31 @@ def check_name(flag: str, name: str, known: Sequence[str]) -> None:
 
 
 def check_optimizer(args: Any) -> None:
-    """Refuse an ``--opt`` that the default ``set_optimizer`` does not know.
+    """Refuse an ``--opt`` that the default ``set_optimizer`` does not know or cannot use.
 
     Raises:
-        UserError: see ``check_name``.
+        UserError: see ``check_name``; Nesterov's momentum without momentum.
     """
     check_name("--opt", args.opt.lower(), OPTIMIZERS)
+    if args.opt.lower() == "sgd_nesterov" and args.momentum <= 0:
+        raise UserError(
+            f"--opt sgd_nesterov needs a --momentum above 0, got {args.momentum}; without momentum take sgd"
+        )
 
 
 def check_schedule(args: Any) -> None:
-    """Refuse a schedule or warm-up that the default ``set_lr_scheduler`` does not know.
+    """Refuse a schedule or warm-up that the default ``set_lr_scheduler`` does not know or cannot use.
 
     Raises:
-        UserError: see ``check_name``.
+        UserError: see ``check_name``; a factor that makes the rate zero, negative or larger.
     """
     check_name("--lr-scheduler", args.lr_scheduler.lower(), SCHEDULERS)
     check_name("--lr-warmup-method", args.lr_warmup_method.lower(), WARMUPS)
+    for flag, factor, used in (
+        ("--lr-warmup-decay", args.lr_warmup_decay, args.lr_warmup_epochs > 0),
+        ("--lr-gamma", args.lr_gamma, args.lr_scheduler.lower() != "cosa"),
+    ):
+        if used and not 0 < factor <= 1:
+            raise UserError(
+                f"{flag} must be above 0 and at most 1, got {factor}: the rate is multiplied by it"
+            )

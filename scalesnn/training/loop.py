@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -157,7 +159,8 @@ def forward_and_backward(
 ) -> tuple[Tensor, Tensor]:
     """One batch forward and back: (logits [N, classes], detached; mean loss). Gradients are left in place."""
     run = trainer.run
-    with run.timer.phase("forward"), run.strategy.autocast(), run.spikes.watch(run.progress.step + 1):
+    watch = run.spikes.watch(run.progress.step + 1)
+    with one_value_refused(), run.timer.phase("forward"), run.strategy.autocast(), watch:
         y = model(trainer.preprocess_train_sample(run.args, images))
         output_NK = trainer.process_model_output(run.args, y)
         loss = criterion(output_NK, check_targets(run, targets, output_NK))
@@ -165,6 +168,24 @@ def forward_and_backward(
         run.strategy.backward(loss)
         functional.reset_net(model)
     return output_NK.detach(), loss.detach()
+
+
+@contextmanager
+def one_value_refused() -> Iterator[None]:
+    """Say what to do where a BatchNorm gets one value per channel, of which there is no variance.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        yield
+    except ValueError as error:  # torch's, and that of scalesnn's own layers
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "a BatchNorm gets one value per channel, which has no variance: raise --batch-size, --T or "
+            f"--train-crop-size ({error})"
+        ) from error
 
 
 def check_targets(run: Run, targets: Tensor, output_NK: Tensor) -> Tensor:

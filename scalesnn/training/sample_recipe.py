@@ -27,7 +27,7 @@ def take_sample_recipe(args: Any, defaults: dict[str, Any]) -> list[str]:
         a line for the user.
     """
     path = FOLDER / "recipes" / "sample.yaml"
-    for name, value in yaml.safe_load(path.read_text()).items():
+    for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         if hasattr(args, name) and name not in args.explicit and getattr(args, name) == defaults.get(name):
             setattr(args, name, value)
     return [SAID]

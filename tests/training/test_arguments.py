@@ -1,6 +1,9 @@
 """The command line: recipes set defaults, flags win, errors are one line with exit code 2."""
 
+import argparse
+
 import pytest
+import torch
 
 from scalesnn.base import UserError
 from scalesnn.training.arguments import (
@@ -12,6 +15,7 @@ from scalesnn.training.arguments import (
     check_weights,
     split_recipes,
 )
+from scalesnn.training.optimizers import make_optimizer, make_scheduler
 
 
 @pytest.fixture
@@ -116,3 +120,87 @@ def test_weights_bring_their_preprocessing_but_flags_win(parser):
     args = parser.parse_args(["--weights", "ResNet18_Weights.IMAGENET1K_V1", "--val-crop-size", "192"])
     check_weights(args)
     assert (args.val_resize_size, args.val_crop_size, args.interpolation) == (256, 192, "bilinear")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run_name: 007\n", {"run_name": "007"}),
+        ("run_name: 2024-01-31\nresume: 5\n", {"run_name": "2024-01-31", "resume": "5"}),
+        ("run_name: yes\n", {"run_name": "yes"}),
+        ("run_name: null\nsave_every: ~\n", {"run_name": None, "save_every": None}),
+        (
+            'model_ema: "false"\nclean: on\ntest_only: 1\n',
+            {"model_ema": False, "clean": True, "test_only": True},
+        ),
+        ("lr: 1e-3\nseed: 0x10\nT: 010\n", {"lr": 0.001, "seed": 16, "T": 10}),
+        ("output_dir: ~/runs\n", {"output_dir": "/home/me/runs"}),
+        ("words: [a, 1]\n", {"words": ["a", "1"]}),
+        ("on: false\n", {"on": False}),
+        ("quiet: false\n", {"quiet": False}),
+        ("run_name: café\n", {"run_name": "café"}),
+        ("", {"run_name": None}),
+        ("# nothing yet\n", {"run_name": None}),
+    ],
+)
+def test_a_recipe_means_what_stands_in_it(parser, tmp_path, monkeypatch, text, expected):
+    """Not what YAML makes of it: 007 is a name, off a word, ~ nothing."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser.add_argument("--T", type=int, default=4)
+    parser.add_argument("--words", nargs="*", default=[])
+    parser.add_argument("--on", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--noise", dest="quiet", action="store_false")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    args = parser.parse_args(["--config", str(path)])
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.explicit == {name for name in expected if text and expected[name] is not None}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"model: {a: 1}\n", "--model: expected one value, got a map (a)"),
+        (b"batch_size: [4]\n", "--batch-size: expected one value, got a list of 1"),
+        (b"model_ema: maybe\n", "--model-ema: expected true or false, got 'maybe'"),
+        (b"lr: 0.1\nlr: 0.2\n", "line 1: not valid YAML in UTF-8: lr stands twice"),
+        (b"run_name: caf\xe9\n", "not valid YAML in UTF-8"),
+        (b"epochs: 2.0\n", "--epochs: expected a whole number, got '2.0'"),
+        (b"\tlr: 1\n", "line 1: not valid YAML"),
+    ],
+)
+def test_recipes_that_no_flag_takes(parser, tmp_path, capsys, text, expected):
+    (tmp_path / "recipe.yaml").write_bytes(text)
+    assert expected in refused(parser, capsys, "--config", str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seed", str(2**63)], "--seed must fit 64 bits, got 9223372036854775808"),
+        (["--epochs", "9" * 30], "--epochs must fit 64 bits"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+    ],
+)
+def test_numbers_that_no_machine_takes(parser, words, expected):
+    with pytest.raises(UserError, match=expected):
+        check_arguments(parser.parse_args(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--opt", "sgd_nesterov", "--momentum", "0"], "--opt sgd_nesterov needs a --momentum above 0"),
+        (["--lr-warmup-decay", "0"], "--lr-warmup-decay must be above 0 and at most 1, got 0.0"),
+        (["--lr-scheduler", "exp", "--lr-gamma", "-1"], "--lr-gamma must be above 0 and at most 1, got -1.0"),
+    ],
+)
+def test_rates_that_cannot_be(parser, words, expected):
+    args = parser.parse_args(words)
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    with pytest.raises(UserError, match=expected):
+        make_scheduler(args, make_optimizer(args, weights))
+    make_scheduler(
+        parser.parse_args([*words, "--lr-warmup-epochs", "0", "--lr-scheduler", "cosa", "--opt", "sgd"]),
+        torch.optim.SGD(weights),
+    )  # not where they are not used
