@@ -14,7 +14,7 @@ $(error CUDA=$(CUDA): the tested versions are for CUDA 13 only (NVIDIA driver 58
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format lock clean gpu-check kernel-report mutants long-tests cluster-tests kill-tests benchmarks
+.PHONY: help install train test lint format lock clean gpu-check kernel-report mutants long-tests cluster-tests kill-tests soak benchmarks
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -54,8 +54,11 @@ long-tests: install ## the tests that take minutes, which `make test` leaves out
 cluster-tests: install ## every test on a real Slurm
 	$(BIN)/python -m pytest tests/cluster -m "long or not long" --timeout=1200
 
-kill-tests: install ## kill a training 30 times at random moments, at least 10 of them amid writing (long)
+kill-tests: install ## kill trainings at random moments: amid writing, in evaluations, while two runs compete (long)
 	$(BIN)/python -m pytest tests/parallel/test_kill.py -m long
+
+soak: install ## 30 minutes of random kills, signals, double starts and resumes; prints what it found
+	nice $(BIN)/python tools/soak.py --minutes 30
 
 benchmarks: install ## every claim of the docs, measured anew into benchmarks/results (about an hour)
 	for claim in saved_bytes step_time peak_memory memory_peak memory_saved_bytes memory_plan data_throughput strategies tracking_overhead spike_counts whole_run; do \

@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # `scalesnn … | head`
         return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -71,10 +71,9 @@ def check_names(config: dict[str, Any], path: str) -> None:
     """
     from deepspeed.runtime import config as deepspeed_config
 
-    batch = dict.fromkeys(
-        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1
-    )
-    asked = _Asked({**config, **batch})  # whose product is checked elsewhere, for all ranks
+    batch = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 1)
+    asked = _Asked({**config, **batch})
+    asked.pop("train_batch_size", None)  # the product, which is checked elsewhere, for all ranks
     refused: Exception | None = None
     try:
         deepspeed_config.DeepSpeedConfig(asked)

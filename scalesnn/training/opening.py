@@ -277,6 +277,10 @@ def open_run(
             notices.append(f"--start-epoch {args.start_epoch} is not taken: the checkpoint has its own epoch")
         if resumption.text:
             notices.append(f"settings that differ from the checkpoint's: {resumption.text}")
+        if progress.batch and resumption.changed & {"seed", "ra_sampler", "ra_reps"}:
+            notices.append(
+                "the order of images is another: in this epoch, an image may come twice or not at all"
+            )
     if not args.test_only:
         progress = progress.moved_to(global_batch)
         if not extra.get("unevaluated"):

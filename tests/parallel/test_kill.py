@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 WORKER = Path(__file__).with_name("kill_worker.py")
+SOAK = WORKER.parents[2] / "tools" / "soak.py"
 
 
 def run(folder: Path, kills: int, seed: int) -> tuple[dict[str, Any], list[list[Any]]]:
@@ -59,3 +60,23 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path, seed: int, kills: 
     assert log[-1] == unbroken[-1]
     left = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
     assert left == ["best", "latest", "step_00000054", "step_00000057", "step_00000060"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_runs_that_compete_and_are_killed_in_evaluations_too_lose_nothing(tmp_path: Path, seed: int) -> None:
+    """A minute of the soak: whole trainings that are killed, signalled, started twice and resumed."""
+    done = subprocess.run(
+        [sys.executable, str(SOAK), "--minutes", "1", "--seed", str(seed), "--folder", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOAK.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=840,
+    )
+    report = json.loads(done.stdout)
+    assert report["found"] == []
+    assert done.returncode == 0
+    assert report["lives"] >= 10
+    assert report["started together"] >= 2
+    assert any("kill (evaluation)" in name for name in report["troubles"])
