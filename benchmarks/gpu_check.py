@@ -1,6 +1,6 @@
-"""Everything to check on a machine with a GPU, in one command under 8 minutes: ``make gpu-check``.
+"""Everything to check on a machine with a GPU, in one command under 9 minutes: ``make gpu-check``.
 
-    python benchmarks/gpu_check.py [--parts kernels,training,speed,memory,sanitizer] [--minutes 8]
+    python benchmarks/gpu_check.py [--parts kernels,product,training,speed,memory,sanitizer] [--minutes 8]
 
 Runs from the checkout, offline, under any Python >= 3.10 with torch >= 2.11 and CuPy; nothing is installed.
 Parts are
@@ -358,8 +358,16 @@ def memory(report: Report, device: torch.device) -> None:
     gpu_memory.memory(report, device)
 
 
+def product(report: Report, device: torch.device) -> None:
+    """What a user types, beside the CPU (benchmarks/gpu_product.py)."""
+    import gpu_product
+
+    gpu_product.product(report, device)
+
+
 PARTS: dict[str, Callable[[Report, torch.device], None]] = {
     "kernels": kernels,
+    "product": product,
     "training": training,
     "speed": speed,
     "memory": memory,

@@ -115,6 +115,11 @@ class Fallback:
             return self._run_together(attempt, self.together)
         while True:
             state = [(b, b.detach().clone()) for b in self.model.buffers()]
+            gradients = [  # of earlier micro-batches, in host memory: the device is full
+                (p, p.grad.detach().to("cpu", copy=True))
+                for p in self.model.parameters()
+                if p.grad is not None
+            ]
             devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
             random_state = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
             try:
@@ -128,6 +133,8 @@ class Fallback:
                 self._went_well()
                 return result
             self._restore(state, random_state)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient.to(parameter.device)
             before = policy_of(self.model)
             policy = self._next_policy(said)
             apply_policy(self.model, policy)

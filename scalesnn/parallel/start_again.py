@@ -28,6 +28,7 @@ __all__ = ["Again", "StartAgain", "StartTogether", "again", "remember_start"]
 
 VARIABLE = "SCALESNN_START_AGAIN"
 PREFIX = "scalesnn/again/"
+TICK_S = 2.0  # between looks of the thread: each is a call to the store, of every rank
 OTHERS_S = 90.0  # that rank 0 waits for the others to be ready
 
 _start: tuple[dict[str, str], set[int]] | None = None
@@ -157,7 +158,7 @@ class StartTogether:
 
     def _watch(self) -> None:
         while self._decided is None:
-            if self._over.wait(0.5):
+            if self._over.wait(TICK_S):
                 return
             self._look(self._store_of_thread)
         if self._leaving.wait(self.grace):

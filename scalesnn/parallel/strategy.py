@@ -163,7 +163,8 @@ class Strategy(StrategyState, ABC):
         if world_size > 1:
             self.watch = FailureWatch(store, rank, world_size, patience=self.patience)
             self.watch.start()
-            self.together = StartTogether(store, rank, world_size, announce=self.watch.announce)
+        announce = (lambda text: None) if self.watch is None else self.watch.announce
+        self.together = StartTogether(store, rank, world_size, announce=announce)
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over all ranks, on all ranks; ``tensor`` itself is left alone."""

@@ -32,6 +32,24 @@ def test_the_step_runs_under_the_next_policy_with_the_same_result():
     nets.assert_same(found, expected, 1e-10)
 
 
+def test_gradients_of_earlier_micro_batches_are_kept():
+    model, x = nets.make("own"), nets.images()
+    nets.step(model, x)
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    tries = []
+
+    def attempt():
+        tries.append(1)
+        if len(tries) == 1:
+            for p in model.parameters():  # half of a backward pass
+                p.grad += 7
+            full()
+
+    Fallback(model, 5, None, print).run(attempt)
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, before[name]), name
+
+
 def test_whole_gradients_are_given_up_first():
     names = [str(p) for p in ladder(Policy.parse("layer+time:8,whole"), 64)]
     assert names == ["layer+time:8", "layer+time:2"]
