@@ -114,3 +114,19 @@ def test_gpu_check_says_that_there_is_no_gpu() -> None:
     assert run.returncode == 3
     assert "there is no GPU" in run.stdout
     assert not run.stderr.count("Traceback")
+
+
+@pytest.mark.long
+@pytest.mark.distributed
+def test_what_gpu_check_does_with_the_product_is_rehearsed_on_the_cpu() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_product.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, str(script), "--rehearse"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1100,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "WRONG" not in run.stdout
