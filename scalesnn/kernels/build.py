@@ -3,7 +3,7 @@
 A library is found by the hash of everything that made it (source, flags, torch, compiler, processor). Each
 process builds in a folder of its own and moves the result into place, so that a build that died leaves
 nothing in the way; a file lock, which the system lets go when its holder dies, keeps several processes from
-doing the same work.
+doing the same work. A library that is not what was built (cut by a full disk) is built again.
 """
 
 from __future__ import annotations
@@ -71,11 +71,23 @@ def shared_library(name: str, code: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     made_by = [code, *flags, torch.__version__, _compiler_version(compiler), _processor()]
     key = hashlib.sha256("\n".join(made_by).encode()).hexdigest()
     path = cache_folder() / f"{name}_{key[:24]}.so"
-    if not path.exists():
+    if not _is_whole(path):
         with lock(path.with_suffix(".lock")):
-            if not path.exists():
+            if not _is_whole(path):
                 _build(code, path, flags)
     return ctypes.CDLL(str(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library in the cache is what was built: loading one that a full disk has cut is a SIGBUS."""
+    try:
+        return path.with_suffix(".sha256").read_text(encoding="ascii") == _digest(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def reason(error: BaseException) -> str:
@@ -103,7 +115,10 @@ def _build(code: str, path: Path, flags: tuple[str, ...]) -> None:
             )
         except RuntimeError as error:
             raise RuntimeError(f"the C++ compiler failed: {error}") from error
-        os.replace(Path(folder) / f"{path.stem}.so", path)
+        made, digest = Path(folder) / f"{path.stem}.so", Path(folder) / "digest"
+        digest.write_text(_digest(made), encoding="ascii")
+        os.replace(digest, path.with_suffix(".sha256"))
+        os.replace(made, path)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ def clear_stale_locks(root: Path | None = None, *, older_than: float = 30.0) -> 
     """
     if root is None:
         chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-        root = Path(chosen) if chosen else Path.home() / ".cache" / "torch_extensions"
+        root = Path(chosen) if chosen else Path(os.path.expanduser("~/.cache/torch_extensions"))
     removed: list[Path] = []
     busy: set[Path] | None = None
     for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):

@@ -69,3 +69,32 @@ def test_the_cache_is_where_the_user_says(
     (tmp_path / "file").touch()
     monkeypatch.setenv(variable, str(tmp_path / "file" / "below"))
     assert cpu.cache_folder() != tmp_path / "file" / "below"
+
+
+LOAD = (
+    "from scalesnn.kernels.build import shared_library\n"
+    "print(shared_library('small', 'extern \"C\" int answer() { return 42; }', ('-O0',)).answer())\n"
+)
+
+
+def test_a_damaged_library_in_the_cache_is_built_again(tmp_path: Path) -> None:
+    """A full disk cuts files; loading a cut library would be a SIGBUS."""
+    environment = {**os.environ, "SCALESNN_CACHE": str(tmp_path)}
+
+    def load() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, (done.returncode, done.stderr)
+        return done.stdout
+
+    assert load() == "42\n"
+    (library,) = tmp_path.glob("small_*.so")
+    whole = library.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b""):
+        library.write_bytes(damaged)
+        assert load() == "42\n"
+        assert len(library.read_bytes()) == len(whole)
+    time = library.stat().st_mtime_ns
+    assert load() == "42\n"
+    assert library.stat().st_mtime_ns == time, "what is whole is not built again"
