@@ -4,6 +4,8 @@ time-steps."""
 from __future__ import annotations
 
 import copy
+import io
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,12 +14,19 @@ from torch import Tensor, nn
 
 from scalesnn.movers import missing
 
-__all__ = ["MemoryModule", "MultiStepModule", "Piece", "StepModule", "UserError"]
+__all__ = ["MemoryModule", "MultiStepModule", "Piece", "StepModule", "UserError", "speak_utf8"]
 
 
 class UserError(ValueError):
     """Bad input from the user. The entry points print it as one line, without a traceback, and exit with
     code 2."""
+
+
+def speak_utf8() -> None:
+    """Have this process print UTF-8 whatever the locale says, and never fail at a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 class StepModule:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from scalesnn.base import UserError
+from scalesnn.base import UserError, speak_utf8
 
 __all__ = ["command_parser", "main"]
 
@@ -31,6 +31,7 @@ def command_adders() -> Iterator[Callable[[Any], None]]:
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
+    speak_utf8()
     parser = argparse.ArgumentParser(
         prog="scalesnn", description="Beside training: plan, check, export, report."
     )

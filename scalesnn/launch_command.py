@@ -67,7 +67,7 @@ class Launch:
                     "there is no sbatch on this machine: call this on a login node, or --dry-run it"
                 )
             self.script_path.parent.mkdir(parents=True, exist_ok=True)
-            self.script_path.write_text(self.script)
+            self.script_path.write_text(self.script, encoding="utf-8")
         environ = dict(os.environ)
         if self.path:
             environ["PATH"] = f"{self.path}:{environ.get('PATH', '')}"
@@ -219,7 +219,7 @@ def read_hostfile(path: str) -> dict[str, int]:
         UserError: the file cannot be read, or a line is not of that form; the message has the line's number.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"--hostfile {path}: {error.strerror}") from None
     hosts: dict[str, int] = {}

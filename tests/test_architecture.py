@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, what `import scalesnn` loads, what a module says of itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,28 @@ def test_library_and_models_load_none_of_the_heavy_dependencies():
 def test_submodules_are_there_after_import_scalesnn():
     statement = "import scalesnn\nscalesnn.neuron.IFNode, scalesnn.model.spiking_resnet.spiking_resnet18"
     assert loaded_by(statement, ["scalesnn.neuron"]) == ["scalesnn.neuron"]
+
+
+def text_files_without_encoding(path: Path) -> list[int]:
+    """The lines of calls that open a text file in the encoding of whatever locale the process has."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(k.arg in ("encoding", None) for k in node.keywords):
+            continue
+        function = node.func
+        name = getattr(function, "attr", None) or getattr(function, "id", "")
+        owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
+        modes = [
+            a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)
+        ]
+        is_binary = any(isinstance(mode, str) and re.fullmatch("[rwax+]*b[rwax+]*", mode) for mode in modes)
+        if name in ("read_text", "write_text") or (
+            name == "open" and owner not in ("os", "Image", "tarfile") and not is_binary
+        ):
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_text_files_are_utf8_in_every_locale(path):
+    assert not text_files_without_encoding(path)

@@ -252,7 +252,7 @@ def _indexed_records(index: Path, size: int) -> list[tuple[int, int]] | None:
     """The records that an index file names; None where they do not fill ``size`` bytes one after another."""
     records, at = [], 0
     try:
-        for line in index.read_text().splitlines():
+        for line in index.read_text(encoding="utf-8").splitlines():
             start, length = (int(word) for word in line.split())
             if start != at or length < 16:
                 return None

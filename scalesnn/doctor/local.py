@@ -109,7 +109,7 @@ def check_versions(report: Report, topology: Topology, settings: Settings) -> No
         versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         driver = Path("/proc/driver/nvidia/version")
         if driver.exists():
-            versions["driver"] = driver.read_text().split("Module", 1)[-1].split()[0]
+            versions["driver"] = driver.read_text(encoding="utf-8").split("Module", 1)[-1].split()[0]
     report.facts["versions"] = versions
 
 

@@ -67,7 +67,7 @@ def _cause(environ: Mapping[str, str], root: Path) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
     try:
-        version = (root / "proc/driver/nvidia/version").read_text()
+        version = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8")
         driver = f"driver {version.split('Module', 1)[-1].split()[0]}"
     except (OSError, IndexError):
         driver = "driver unknown"

@@ -33,7 +33,7 @@ def numa_nodes(system: Path = SYSTEM) -> dict[int, set[int]]:
     nodes = {}
     for folder in (system / "devices/system/node").glob("node[0-9]*"):
         try:
-            nodes[int(folder.name[4:])] = parse_cpulist((folder / "cpulist").read_text())
+            nodes[int(folder.name[4:])] = parse_cpulist((folder / "cpulist").read_text(encoding="utf-8"))
         except OSError:
             continue
     return dict(sorted(nodes.items()))
@@ -42,7 +42,9 @@ def numa_nodes(system: Path = SYSTEM) -> dict[int, set[int]]:
 def siblings(system: Path, cpu: int) -> int:
     """The lowest processor number on the same core, so that hyper-threads of a core stay together."""
     try:
-        text = (system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        text = (system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(
+            encoding="utf-8"
+        )
         return min(parse_cpulist(text))
     except (OSError, ValueError):
         return cpu
@@ -53,7 +55,7 @@ def gpu_numa_nodes(pci_addresses: Sequence[str], system: Path = SYSTEM) -> list[
     found: list[int | None] = []
     for address in pci_addresses:
         try:
-            node = int((system / f"bus/pci/devices/{address.lower()}/numa_node").read_text())
+            node = int((system / f"bus/pci/devices/{address.lower()}/numa_node").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             node = -1
         found.append(node if node >= 0 else None)

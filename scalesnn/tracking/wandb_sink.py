@@ -71,10 +71,10 @@ def run_id_of(run_folder: Path) -> str:
     taken).
     """
     kept = run_folder / "wandb_run_id"
-    if kept.exists() and (run_id := kept.read_text().strip()):
+    if kept.exists() and (run_id := kept.read_text(encoding="utf-8").strip()):
         return run_id
     run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    kept.write_text(run_id + "\n")
+    kept.write_text(run_id + "\n", encoding="utf-8")
     return run_id
 
 

@@ -19,7 +19,7 @@ import jsonargparse
 import torch
 import torchvision
 
-from scalesnn.base import UserError
+from scalesnn.base import UserError, speak_utf8
 from scalesnn.configs import find_config
 from scalesnn.parallel.devices import unusable_gpu
 from scalesnn.training.recipes import read_recipe, words_of
@@ -65,6 +65,7 @@ class RecipeParser(jsonargparse.ArgumentParser):
         Raises:
             SystemExit: with code 2 and one line on standard error, for any unknown or malformed setting.
         """
+        speak_utf8()
         words = list(sys.argv[1:] if args is None else args)
         recipes, words = split_recipes(words)
         given = self._given(words)

@@ -468,7 +468,7 @@ def serial_of(folder: Path) -> int:
 def read_evaluation(folder: Path) -> dict[str, float]:
     """The best accuracies that ``mark`` left in a checkpoint; empty if it was not marked."""
     try:
-        return {k: float(v) for k, v in json.loads((folder / EVALUATION).read_text()).items()}
+        return {k: float(v) for k, v in json.loads((folder / EVALUATION).read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
@@ -476,7 +476,7 @@ def read_evaluation(folder: Path) -> dict[str, float]:
 def read_pointer(path: Path) -> str | None:
     """The name in ``latest`` or ``best``; None where there is none."""
     try:
-        name = path.read_text().strip()
+        name = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return name if name.startswith("step_") and Path(name).name == name else None

@@ -194,7 +194,7 @@ def checksum(body: Any) -> str:
 def write_text_durably(path: Path, text: str) -> None:
     """Write a file so that after a crash it is either as before or complete."""
     beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w") as file:
+    with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

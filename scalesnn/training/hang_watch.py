@@ -77,7 +77,9 @@ class HangWatch:
     def __enter__(self) -> HangWatch:
         if self.timeout > 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / f"rank_{self.rank}.txt").open("w")
+            self._file = (self.folder / f"rank_{self.rank}.txt").open(
+                "w", encoding="utf-8", errors="backslashreplace"
+            )
             self.tick()
             self._arm()
             self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
@@ -157,7 +159,7 @@ def describe_stacks(folder: Path, world_size: int) -> list[str]:
     places: dict[str, list[int]] = defaultdict(list)
     for rank in range(world_size):
         try:
-            text = (folder / f"rank_{rank}.txt").read_text()
+            text = (folder / f"rank_{rank}.txt").read_text(encoding="utf-8")
         except OSError:
             text = ""
         # the main thread is the oldest, so its stack stands last

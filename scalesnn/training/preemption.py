@@ -185,12 +185,12 @@ class Preemption:
             path = folder / "restarts.json"
             if is_restart(self.environ):
                 try:
-                    before = json.loads(path.read_text())
+                    before = json.loads(path.read_text(encoding="utf-8"))
                     times = before["times"] + 1 if before["step"] == step else 0
                 except (OSError, ValueError, KeyError):
                     times = 0
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"step": step, "times": times}) + "\n")
+            path.write_text(json.dumps({"step": step, "times": times}) + "\n", encoding="utf-8")
         if strategy.any_rank(times > self.max_requeues):
             raise UserError(
                 f"the job came back to step {step} more than --max-requeues {self.max_requeues} times "
@@ -224,7 +224,7 @@ class Preemption:
                 outcome = requeue_job(self.environ)
         if strategy.is_main:
             record = {"signal": number.name, "step": step, "time": time.time(), "outcome": outcome}
-            (folder / "interrupted.json").write_text(json.dumps(record) + "\n")
+            (folder / "interrupted.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
             done = "ended before the first step" if step is None else f"saved at step {step}"
             notice(f"{number.name}: {done} in {folder}; {outcome}")
         return code
@@ -262,7 +262,12 @@ def job_identity(environ: Mapping[str, str] = os.environ) -> str | None:
     # no --rdzv-id: torchrun itself, this process's parent, lives through the restarts of its workers
     parent = os.getppid()
     try:
-        born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        born = (
+            Path(f"/proc/{parent}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()[19]
+        )
     except (OSError, IndexError):
         born = ""
     return f"torchrun process {parent} of {born} on {socket.gethostname()}"

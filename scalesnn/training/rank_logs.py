@@ -37,7 +37,7 @@ class RankLog:
 
     def __enter__(self) -> RankLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", buffering=1)
+        self._file = self.path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         sys.stdout.flush()
         sys.stderr.flush()
         if self.rank == 0:

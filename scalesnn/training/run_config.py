@@ -89,7 +89,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write config.yaml; a resumed run keeps the earlier ones as config.1.yaml, config.2.yaml …"""
     path = folder / "config.yaml"
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    if path.exists() and path.read_text() != text:
+    if path.exists() and path.read_text(encoding="utf-8") != text:
         number = 1 + sum(1 for _ in folder.glob("config.[0-9]*.yaml"))
         path.rename(folder / f"config.{number}.yaml")
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")

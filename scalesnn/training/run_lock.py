@@ -115,7 +115,7 @@ def owner(folder: Path) -> str:
     if path.exists() and file_key(path) in _held:
         return f"this process ({os.getpid()}), which has a run in it already"
     try:
-        return path.read_text().strip() or "another process"
+        return path.read_text(encoding="utf-8").strip() or "another process"
     except (OSError, UnicodeDecodeError):
         return "another process"
 
