@@ -1,10 +1,10 @@
-"""CPU time to read one image's bytes: a parquet file of Hugging Face's row groups, tar shards, a file an image.
+"""CPU time to read an image's bytes: parquet files with Hugging Face's row groups, tar shards, files.
 
     python benchmarks/parquet_reading.py [--rounds 5] [--images 1024] [--output FILE.json]
 
-The images of data_throughput.py, 100 in a row group, snappy. The formats take turns in every round, read in the
-order of a shuffled epoch and in the index's order; figures are medians over rounds. Decoding with Pillow stands
-beside them, for scale.
+The images of data_throughput.py; 100 in a row group, snappy. The formats take turns in every round, read in
+the order of a shuffled epoch and in the index's order; figures are medians over rounds. Decoding with Pillow
+stands beside them, for scale.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def indexes(root: Path) -> dict[str, ImageIndex]:
     table = pa.table({"image": structs, "label": files.labels})
     pq.write_table(table, root / "parquet" / "0000.parquet", row_group_size=100)
     pack_split(files, root / "tar" / "train", 2**28)
-    return {"files": files, "tar": open_index(root / "tar" / "train"), "parquet": open_index(root / "parquet")}
+    return {
+        "files": files,
+        "tar": open_index(root / "tar" / "train"),
+        "parquet": open_index(root / "parquet"),
+    }
 
 
 def main() -> None:
@@ -74,14 +78,17 @@ def main() -> None:
         root = Path(folder)
         results["mean_bytes"] = make_images(root, args.images)
         formats = indexes(root)
+
+        def decode(image: int) -> object:
+            return decode_rgb(formats["files"].read(image))
+
         measured: dict[str, list[float]] = {}
         for number in range(args.rounds):
             shuffled = random_permutation(0, number, args.images).tolist()[:256]
             for name, index in formats.items():
                 measured.setdefault(f"{name}, shuffled", []).append(cpu_ms(index.read, shuffled))
                 measured.setdefault(f"{name}, in order", []).append(cpu_ms(index.read, range(len(index))))
-            files = formats["files"]
-            decoding = cpu_ms(lambda image: decode_rgb(files.read(image)), shuffled)
+            decoding = cpu_ms(decode, shuffled)
             measured.setdefault("decoding with Pillow", []).append(decoding)
         results["cpu_ms_per_image"] = {name: statistics.median(values) for name, values in measured.items()}
         for name, value in results["cpu_ms_per_image"].items():

@@ -75,7 +75,7 @@ def find_layout(root: Path) -> Layout:
         raise UserError(f"{root} holds {', '.join(inner)}: name one of them")
     if inner:
         found = find_layout(root / inner[0])
-        return dataclasses.replace(found, notices=(f"the data are those of {inner[0]}", *found.notices))
+        return dataclasses.replace(found, notices=(f"the data are in {root / inner[0]}", *found.notices))
     if holds_frames(root):
         return Layout(root, root, (f"{root} is not split: the last tenth of each class is for validation",))
     return Layout(train, root / "val")

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 from torchvision.datasets import ImageNet, imagenet
 
 from scalesnn.cli import main
-
-scipy_io = pytest.importorskip("scipy.io")
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
 TRAIN, VAL, DEVKIT = (imagenet.ARCHIVE_META[kind][0] for kind in ("train", "val", "devkit"))
@@ -42,7 +41,7 @@ def devkit_of(val: list[int]) -> bytes:
     ]
     kinds = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")]
     matrix = io.BytesIO()
-    scipy_io.savemat(matrix, {"synsets": np.array(rows, kinds)})
+    scipy.io.savemat(matrix, {"synsets": np.array(rows, kinds)})
     folder = "ILSVRC2012_devkit_t12/data"
     truth = "".join(f"{number}\n" for number in val).encode()
     return tar_of(

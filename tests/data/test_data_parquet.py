@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from scalesnn.base import UserError
 from scalesnn.cli import main
 from scalesnn.data.dali_loader import dali_problem
 from scalesnn.data.layout import find_layout
 from scalesnn.data.listing import open_index
-
-pa = pytest.importorskip("pyarrow")
-import pyarrow.parquet as pq  # noqa: E402
 
 PLAIN = ("--mixup-alpha", "0", "--cutmix-alpha", "0")
 CLASSES = ["class_0", "class_1", "class_2"]
@@ -105,6 +106,8 @@ def test_the_ways_of_writing_and_of_naming(parquet: Path, folder: Path, tmp_path
         write(tmp_path / name / "train.parquet", images, labels, **options)
         index = open_index(tmp_path / name / "train")
         assert [index.read(image) for image in range(61)] == images
+        order = np.random.default_rng(1).permutation(61)
+        assert [index.read(image) for image in order] == [images[image] for image in order]
         assert index.labels.tolist() == labels
     plain = pa.table({"id": list(range(61)), "picture": pa.array(images, pa.large_binary()), "label": labels})
     (tmp_path / "plain" / "train").mkdir(parents=True)
@@ -113,6 +116,56 @@ def test_the_ways_of_writing_and_of_naming(parquet: Path, folder: Path, tmp_path
     assert index.classes == ["0", "1", "2"]
     order = np.random.default_rng(0).permutation(61)
     assert [index.read(image) for image in order] == [images[image] for image in order]
+
+
+WAYS_TO_WRITE = st.builds(
+    dict,
+    compression=st.sampled_from(["none", "snappy", "zstd", "gzip", "brotli", "lz4"]),
+    use_dictionary=st.booleans(),
+    data_page_size=st.integers(50, 3000),
+    data_page_version=st.sampled_from(["1.0", "2.0"]),
+    row_group_size=st.integers(1, 40),
+    dictionary_pagesize_limit=st.integers(100, 2000),
+    write_batch_size=st.integers(1, 9),
+    write_statistics=st.booleans(),
+    write_page_index=st.booleans(),
+    write_page_checksum=st.booleans(),
+)
+
+
+@given(
+    options=WAYS_TO_WRITE,
+    images=st.lists(st.binary(min_size=1, max_size=400) | st.none(), min_size=1, max_size=60),
+    nested=st.booleans(),
+    nullable=st.booleans(),
+    draw=st.randoms(use_true_random=False),
+)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_every_way_of_writing_is_read_at_random_places(
+    options: dict[str, Any], images: list[Any], nested: bool, nullable: bool, draw: Any, tmp_path: Path
+) -> None:
+    if not nullable:
+        images = [image or b"there" for image in images]
+    inner = pa.field("bytes", pa.binary(), nullable=nullable)
+    if nested:
+        struct = pa.struct([inner, ("path", pa.string())])
+        column = pa.array([{"bytes": image, "path": "x"} for image in images], struct)
+        field = pa.field("image", struct, nullable=nullable)
+    else:
+        column, field = pa.array(images, pa.binary()), pa.field("image", pa.binary(), nullable=nullable)
+    labels = pa.array([0] * len(images))
+    table = pa.table([column, labels], schema=pa.schema([field, ("label", pa.int64())]))
+    pq.write_table(table, tmp_path / "train.parquet", **options)
+    index = open_index(tmp_path / "train")
+    order = list(range(len(images)))
+    draw.shuffle(order)
+    for image in [*order, *sorted(order)]:
+        if images[image] is None:
+            with pytest.raises(OSError, match="the row has no bytes"):
+                index.read(image)
+        else:
+            assert index.read(image) == images[image]
+    index.close()
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("train", "val"), ("train", "valid")])

@@ -74,7 +74,7 @@ def test_gestures_train_from_another_folder(gestures: Path, tmp_path: Path) -> N
         line, capture_output=True, text=True, timeout=150, env=environment(), cwd=tmp_path, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "the data are those of frames_number_3_split_by_number" in result.stdout
+    assert "the data are in DVS128Gesture/frames_number_3_split_by_number" in result.stdout
     assert "[T, C, H, W] = [3, 2, 24, 24]" in result.stdout
     settings = yaml.safe_load((tmp_path / "runs/gestures/config.yaml").read_text())["settings"]
     assert (settings["T"], settings["in_channels"]) == (3, 2)
