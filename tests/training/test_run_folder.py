@@ -331,6 +331,17 @@ def test_a_restart_goes_on_in_the_job_s_own_folder_and_does_not_clean_or_rewind(
         first["job"] += "0"
 
 
+@pytest.mark.parametrize("resume", [None, "latest", "best"])
+def test_ranks_that_start_again_together_take_their_folder_and_what_they_resumed(tmp_path, resume):
+    run(tmp_path, steps=[1])
+    folder = run(tmp_path, steps=[3])
+    run(tmp_path, "net", steps=[1])
+    again = opened(ask(tmp_path, again=str(folder), resume=resume, clean=resume is None))
+    assert again.path == folder
+    assert again.resume == (resume or "latest")  # its own checkpoint of the first steps
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 3
+
+
 def test_two_trainings_of_one_job_find_their_own_folders(tmp_path):
     for lr in (0.1, 0.2, 0.1):
         run(tmp_path, steps=[1], job="slurm 7", settings={"lr": lr})
