@@ -254,7 +254,7 @@ def alive(child: int) -> bool:
         return False
 
 
-def reap(child: int, patience: float = 90) -> int:
+def reap(child: int, patience: float = 240) -> int:
     """Wait for a process; its exit code, or minus the signal. One that does not end is killed: -99."""
     deadline = time.monotonic() + patience
     while alive(child):

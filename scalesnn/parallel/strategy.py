@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -156,6 +157,9 @@ class Strategy(StrategyState, ABC):
             ) from error
         if told := again():  # the store may be the launcher's, and still hold what the ranks said before
             store = dist.PrefixStore(f"again-{told.count}", store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if attempt != "0":  # torchrun's static store still holds the addresses of the ranks before
+            store = dist.PrefixStore(f"attempt_{attempt}", store)
         self.store = store
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=minutes)

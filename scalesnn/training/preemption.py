@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from argparse import ArgumentParser
@@ -129,13 +130,25 @@ class Preemption:
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """A context in which a signal raises StoppedBySignalError: for work that leaves nothing to save."""
-        self._at_once = True
+        before = sys.unraisablehook
+
+        def unraisable(problem: Any) -> None:
+            if not issubclass(problem.exc_type, StoppedBySignalError):
+                before(problem)
+                return
+            # it was raised in a finaliser, which Python does not leave that way: once more, a little later
+            later = threading.Timer(0.05, os.kill, (self._pid, self.signal))
+            later.daemon = True
+            later.start()
+
+        self._at_once, sys.unraisablehook = True, unraisable
         try:
+            if not self.requested:
+                yield
             if self.requested:
                 raise StoppedBySignalError
-            yield
         finally:
-            self._at_once = False
+            self._at_once, sys.unraisablehook = False, before
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a data loader's process, which inherited the handler
@@ -144,7 +157,6 @@ class Preemption:
         if number != signal.SIGINT or not again:
             self.signal = signal.Signals(number)
         if self._at_once:
-            self._at_once = False  # once: what is closed on the way out is not to be disturbed
             raise StoppedBySignalError
         if number == signal.SIGINT:
             if again:

@@ -16,7 +16,7 @@ import pytest
 
 from scalesnn.base import UserError
 from scalesnn.training import preemption
-from scalesnn.training.preemption import Preemption, is_restart, job_run_name
+from scalesnn.training.preemption import Preemption, StoppedBySignalError, is_restart, job_run_name
 
 
 class Alone:
@@ -82,6 +82,35 @@ def test_a_signal_only_sets_a_flag(number):
         assert watch.requested
         assert watch.agreed(Alone())
     assert signal.getsignal(number) is before
+
+
+def seconds_to_stop(happens) -> float:
+    """How long a work of ten seconds lasts, at whose beginning something happens."""
+    began = time.monotonic()
+    with Preemption(environ={}) as watch:
+        try:
+            with watch.at_once():
+                happens()
+                time.sleep(10)
+        except StoppedBySignalError:
+            assert watch.requested
+    return time.monotonic() - began
+
+
+def test_before_there_is_anything_to_save_a_signal_ends_the_work_at_once():
+    assert seconds_to_stop(lambda: os.kill(os.getpid(), signal.SIGUSR1)) < 5
+
+
+def test_a_signal_in_a_finaliser_is_not_lost(capfd):
+    """Python drops what is raised there; the soak found it."""
+
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    assert seconds_to_stop(Finalised) < 5
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_ends_at_once(capfd):

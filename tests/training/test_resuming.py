@@ -6,6 +6,7 @@ Each run is a fork of this process with a small spiking net, so that it costs a 
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_runs import SMALL
+from small_runs import SMALL, environment
 from torch import nn
 
 from scalesnn import functional, layer, neuron
 from scalesnn.model.train_classify import Trainer
+from scalesnn.parallel.topology import free_port
 from scalesnn.training.checkpoint import newest_first
 from scalesnn.training.checkpoint_index import Index
 
@@ -71,7 +73,7 @@ class Small(Trainer):
             time.sleep(0.05)
 
 
-def train(folder, *words, events=(), trainer=Small, **environment):
+def train(folder, *words, events=(), trainer=Small, **variables):
     """Run a training in a fork of this process; returns (exit code or -signal, what it said)."""
     log = folder / "said.txt"
     child = os.fork()
@@ -82,7 +84,7 @@ def train(folder, *words, events=(), trainer=Small, **environment):
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            os.environ.update(environment)
+            os.environ.update(variables)
             torch.set_num_threads(1)
             run = trainer(events)
             small = [*SMALL[:3], "--workers=0", *SMALL[4:8], *SMALL[9:], "--loader=torchvision"]
@@ -354,3 +356,42 @@ def test_weights_that_the_net_would_not_get_are_refused(data, tmp_path, words, s
     code, text = train(tmp_path, *data, "--model", "spiking_resnet50", *words, trainer=Big)
     assert (code, said in text) == (2, True), text
     assert not Path(tmp_path / "runs").exists()
+
+
+KILLED_ONCE = """
+import os, sys
+sys.path[:0] = {paths}
+from test_resuming import Small
+first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+trainer = Small({{"train 2": "SIGKILL"}} if first else {{}})
+trainer.main(trainer.get_args_parser().parse_args())
+"""
+
+
+@pytest.mark.long
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("identity", [[], ["--rdzv-id", "big run"]], ids=["process", "id"])
+def test_torchrun_s_restart_neither_cleans_nor_rewinds(data, tmp_path, identity):
+    here = Path(__file__).parent
+    (tmp_path / "train.py").write_text(
+        KILLED_ONCE.format(paths=[str(here), str(here.parent / "support"), str(here.parents[1])])
+    )
+    ok(tmp_path, *data, "--run-name", "start", "--epochs", 1)
+    torchrun = ["torchrun", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(free_port())]
+    for number, more in enumerate((["--clean"], ["--resume", tmp_path / "runs" / "start"])):
+        words = [*data, "--run-name", f"net{number}", "--epochs", 4, *more, "--output-dir", tmp_path / "runs"]
+        words += [*SMALL, "--workers=0", "--loader=torchvision", "--spike-metrics-every=0", "--batch-size=2"]
+        if more[0] == "--resume":
+            words.remove("--batch-size=2")
+            words.append("--batch-size=4")
+        line = [*torchrun, *identity, tmp_path / "train.py", *words]
+        done = subprocess.run(
+            [str(word) for word in line], env=environment(), capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        run = tmp_path / "runs" / f"net{number}"
+        assert f"resumed from latest in {run}: epoch 2" in done.stdout
+        steps = [r["step"] for r in metrics(run, "step")]
+        assert steps == list(range(steps[0], steps[0] + len(steps)))
+        assert metrics(run, "epoch", "test")[-1]["epoch"] == 3
