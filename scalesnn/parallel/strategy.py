@@ -38,6 +38,7 @@ from scalesnn.kernels import self_check
 from scalesnn.parallel.devices import check_gpu, first_line, unusable_gpu, use_expandable_segments
 from scalesnn.parallel.failure import FailureWatch
 from scalesnn.parallel.finite import PATIENCE, BatchMemory, NonFiniteLossError
+from scalesnn.parallel.meeting import meet
 from scalesnn.parallel.start_again import StartTogether, again
 from scalesnn.parallel.state import parameter_names, persistent_buffers
 from scalesnn.parallel.strategy_state import StrategyState, TrainState
@@ -146,9 +147,9 @@ class Strategy(StrategyState, ABC):
         minutes = float(getattr(self.args, "dist_timeout", None) or 10)
         backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
         try:
-            store, rank, world_size = next(
-                dist.rendezvous(url, self.rank, self.world_size, timeout=timedelta(minutes=minutes))
-            )
+            store = meet(url, self.topology, timedelta(minutes=minutes))
+        except UserError:
+            raise
         except (ValueError, RuntimeError, dist.DistError) as error:
             where = f"{self.topology.master_addr}:{self.topology.master_port}" if url == "env://" else url
             reason = first_line(error)
@@ -160,7 +161,7 @@ class Strategy(StrategyState, ABC):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if attempt != "0":  # torchrun's static store still holds the addresses of the ranks before
             store = dist.PrefixStore(f"attempt_{attempt}", store)
-        self.store = store
+        self.store, rank, world_size = store, self.rank, self.world_size
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=minutes)
         )

@@ -64,6 +64,13 @@ def test_impossible_flags(capsys, images, tmp_path, words, expected):
     assert expected in text
 
 
+def test_a_rank_that_is_no_number(capsys, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    text = refused(capsys, "--output-dir", tmp_path / "runs", "--data-path", images)
+    assert "RANK='x' in the environment is not a whole number" in text
+
+
 def test_an_empty_data_folder(capsys, tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "val").mkdir()
