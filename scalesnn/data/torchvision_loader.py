@@ -5,7 +5,6 @@ Order, draws, bad images and resume are those of the DALI loader; only the pixel
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -25,6 +24,7 @@ from scalesnn.data.mixing import Mixer
 from scalesnn.data.sampling import BatchKeys
 from scalesnn.data.torchvision_operations import apply_policy
 from scalesnn.data.transfer import to_device
+from scalesnn.data.worker_processes import batches_of_workers, init_worker
 
 __all__ = ["TorchvisionLoader"]
 
@@ -132,11 +132,6 @@ class _Plan:
                 ]
 
 
-def _outlive_signals(worker: int) -> None:
-    """Leave signals to a whole job to the training: it saves first, and needs its loader for that."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-
-
 class TorchvisionLoader(Loader):
     """Loads images with Pillow in ``workers`` processes (0: in this one); arguments as ``Loader``."""
 
@@ -154,7 +149,7 @@ class TorchvisionLoader(Loader):
             prefetch_factor=settings.prefetch if settings.workers else None,
             persistent_workers=settings.workers > 0,
             collate_fn=_collate,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=init_worker,
             pin_memory=settings.pin_memory and settings.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the generator that the model's dropout uses
         )
@@ -162,7 +157,7 @@ class TorchvisionLoader(Loader):
     def _batches(self, epoch: int, start: int) -> Generator[tuple[Tensor, Tensor, BatchKeys], None, None]:
         settings = self.settings
         self._plan.epoch, self._plan.start = epoch, start
-        results = iter(self._batches_of_processes)
+        results = batches_of_workers(self._batches_of_processes)
         size = settings.recipe.train_crop_size if settings.train else settings.recipe.val_crop_size
         for number in range(start, len(self)):
             keys = self.keys(epoch, number)

@@ -15,6 +15,7 @@ from torchvision.tv_tensors import Video
 
 from scalesnn.base import UserError
 from scalesnn.data import default_workers
+from scalesnn.data.worker_processes import batches_of_workers, init_worker
 from scalesnn.training.random_state import random_state, restore_random_state
 
 __all__ = ["DatasetLoader", "UserData", "as_data"]
@@ -51,7 +52,7 @@ class DatasetLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [n, 3, H, W] and targets of ``epoch`` from batch ``start`` on, on the device."""
         self.set_epoch(epoch)
-        for images, targets in islice(self.loader, start, None):
+        for images, targets in islice(batches_of_workers(self.loader), start, None):
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
 
@@ -92,6 +93,7 @@ def as_data(loaded: Any, args: Any, device: torch.device) -> Any:
     common: dict[str, Any] = {
         "batch_size": args.batch_size,
         "num_workers": default_workers() if args.workers is None else args.workers,
+        "worker_init_fn": init_worker,
         "pin_memory": device.type == "cuda" and not args.disable_pinmemory,
     }
     train = DataLoader(
