@@ -54,11 +54,17 @@ def _normalisation(recipe: Recipe, half: bool) -> dict[str, Any]:
 
 
 def _pipeline(
-    graph: Callable[[], Any], batch_size: int, threads: int, device: torch.device, depth: int
+    graph: Callable[[], Any],
+    batch_size: int,
+    threads: int,
+    device: torch.device,
+    depth: int,
+    conditionals: bool = False,
 ) -> Any:  # nvidia.dali.Pipeline
+    """Build ``graph``. With ``conditionals`` DALI rewrites its code first, which takes seconds."""
     from nvidia.dali import pipeline_def
 
-    made = pipeline_def(enable_conditionals=True)(graph)(
+    made = pipeline_def(enable_conditionals=conditionals)(graph)(
         batch_size=batch_size,
         num_threads=threads,
         device_id=(device.index or 0) if device.type == "cuda" else None,
@@ -115,7 +121,7 @@ def make_train_pipeline(
             )
         return image
 
-    return _pipeline(graph, batch_size, threads, device, depth)
+    return _pipeline(graph, batch_size, threads, device, depth, conditionals=stages > 0)
 
 
 def train_inputs(recipe: Recipe, draws: TrainDraws) -> dict[str, np.ndarray]:

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from scalesnn.data import dali_graph
+from scalesnn.data.augment import Recipe
+
 LOADERS = [("--loader", "dali"), ("--loader", "torchvision", "-j", "0")]
 both = pytest.mark.parametrize("loader", LOADERS, ids=["dali", "torchvision"])
 FULL = ("--auto-augment", "ta_wide", "--random-erase", "0.4", "--mixup-alpha", "0.2", "--cutmix-alpha", "1")
@@ -210,3 +213,20 @@ def test_without_a_data_path_the_shipped_images_are_used(open_loaders: Any) -> N
     labels = torch.cat([labels for _, labels in data.val.epoch(0)])
     assert torch.bincount(labels).tolist() == [100] * 10
     assert "ankle_boot" in data.classes
+
+
+@pytest.mark.parametrize(("policy", "rewritten"), [("none", False), ("ta_wide", True)])
+def test_dali_rewrites_a_graph_only_if_it_has_conditions(monkeypatch, policy, rewritten):
+    """Rewriting takes seconds of CPU time at every start, augmentation or not."""
+    dali = pytest.importorskip("nvidia.dali")
+    plain, asked = dali.pipeline_def, []
+
+    def pipeline_def(**options):
+        asked.append(options["enable_conditionals"])
+        return plain(**options)
+
+    monkeypatch.setattr(dali, "pipeline_def", pipeline_def)
+    recipe = Recipe(policy=policy, train_crop_size=28)
+    dali_graph.make_train_pipeline(recipe, 2, 1, torch.device("cpu"), 1, False)
+    dali_graph.make_evaluation_pipeline(recipe, 2, 1, torch.device("cpu"), 1, False)
+    assert asked == [rewritten, False]
