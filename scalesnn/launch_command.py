@@ -22,6 +22,7 @@ from typing import Any
 
 import scalesnn
 from scalesnn.base import UserError
+from scalesnn.threads import let_threads_sleep
 
 __all__ = ["Launch", "add_launch_command", "plan_launch", "read_hostfile"]
 
@@ -69,6 +70,7 @@ class Launch:
             self.script_path.parent.mkdir(parents=True, exist_ok=True)
             self.script_path.write_text(self.script, encoding="utf-8")
         environ = dict(os.environ)
+        let_threads_sleep(environ)
         if self.path:
             environ["PATH"] = f"{self.path}:{environ.get('PATH', '')}"
         try:

@@ -13,7 +13,7 @@ LIBRARY = sorted((ROOT / "scalesnn").rglob("*.py"))
 MODULES = [*LIBRARY, *sorted((ROOT / "launch").rglob("*.py"))]
 # A module may import those of its own level and of lower ones. What is not named here stands with cli.
 LEVELS = {
-    **dict.fromkeys(["base", "configs", "movers"], 0),
+    **dict.fromkeys(["base", "configs", "movers", "threads"], 0),
     **dict.fromkeys(["kernels", "surrogate"], 1),
     **dict.fromkeys(["layer", "neuron", "functional"], 2),
     **dict.fromkeys(["tracking", "parallel", "memory", "data", "model"], 3),
@@ -178,3 +178,12 @@ def text_files_without_encoding(path: Path) -> list[int]:
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_text_files_are_utf8_in_every_locale(path):
     assert not text_files_without_encoding(path)
+
+
+def test_the_entry_loads_what_a_run_may_never_use_only_when_it_is_used():
+    statement = (
+        "from scalesnn.model.train_imagenet_example import SResNetTrainer\n"
+        "SResNetTrainer().get_args_parser().parse_args([])"
+    )
+    seldom = ["tensorboard", "matplotlib", "pandas", "scipy", "pyarrow", "scalesnn.cli"]
+    assert loaded_by(statement, [*HEAVY, *seldom]) == []
