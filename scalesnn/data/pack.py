@@ -102,12 +102,17 @@ def run_pack(args: argparse.Namespace) -> int:
         index = make_index(split, classes)
         if is_frames(index):
             raise UserError(f"{split} holds event frames: pack is for images")
+        if broken := [name for name in index.classes if not name or "\n" in name or name.endswith("\r")]:
+            raise UserError(
+                f"{split}: {CLASSES_FILE} cannot hold the class name {broken[0]!r}: rename the class"
+            )
         classes = classes or index.classes
         shards = pack_split(index, target / name, args.shard_size * 2**20, not args.quiet)
         index.close()
         print(*index.left_out, f"{len(index)} images in {shards} shards in {target / name}", sep="\n")
     assert classes is not None
-    (target / CLASSES_FILE).write_text("\n".join(classes) + "\n", encoding="utf-8")
+    listed = "\n".join(classes) + "\n"
+    (target / CLASSES_FILE).write_bytes(listed.encode("utf-8", "surrogateescape"))
     _store(target)
     return 0
 

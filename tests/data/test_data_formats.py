@@ -176,6 +176,21 @@ def test_pack_makes_shards_that_train_like_the_folder(
         command("pack", str(folder), str(target), "--quiet")
 
 
+def test_pack_keeps_class_names_of_any_bytes(tmp_path: Path, make_folder: Any) -> None:
+    names = [os.fsdecode(name) for name in (b"caf\xe9", b"a\x0cb", b"line\xe2\x80\xa8end")]
+    root = make_folder(tmp_path / "images", 6, 3)
+    for split in ("train", "val"):
+        for number, name in enumerate(names):
+            (root / split / f"class_{number}").rename(root / split / name)
+    assert command("index", str(root)) == 0
+    assert command("pack", str(root), str(tmp_path / "packed"), "--quiet") == 0
+    assert open_index(tmp_path / "packed" / "train").classes == sorted(names)
+    for split in ("train", "val"):
+        (root / split / names[0]).rename(root / split / "two\nlines")
+    with pytest.raises(UserError, match="cannot hold the class name"):
+        command("pack", str(root), str(tmp_path / "again"), "--quiet")
+
+
 def test_large_data_are_packed_into_several_shards(folder: Path, tmp_path: Path) -> None:
     from scalesnn.data.pack import pack_split
 
