@@ -380,11 +380,18 @@ def test_torchrun_s_restart_neither_cleans_nor_rewinds(data, tmp_path, identity)
     ok(tmp_path, *data, "--run-name", "start", "--epochs", 1)
     torchrun = ["torchrun", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(free_port())]
     for number, more in enumerate((["--clean"], ["--resume", tmp_path / "runs" / "start"])):
-        words = [*data, "--run-name", f"net{number}", "--epochs", 4, *more, "--output-dir", tmp_path / "runs"]
-        words += [*SMALL, "--workers=0", "--loader=torchvision", "--spike-metrics-every=0", "--batch-size=2"]
-        if more[0] == "--resume":
-            words.remove("--batch-size=2")
-            words.append("--batch-size=4")
+        words = [
+            *SMALL,
+            *data,
+            "--run-name",
+            f"net{number}",
+            "--epochs",
+            4,
+            "--output-dir",
+            tmp_path / "runs",
+        ]
+        # the global batch of the run that the second one begins with
+        words += ["--workers=0", "--loader=torchvision", "--spike-metrics-every=0", "--batch-size=2", *more]
         line = [*torchrun, *identity, tmp_path / "train.py", *words]
         done = subprocess.run(
             [str(word) for word in line], env=environment(), capture_output=True, text=True, timeout=280
