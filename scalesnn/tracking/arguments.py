@@ -10,20 +10,6 @@ __all__ = ["WANDB_MODES", "add_tracking_arguments"]
 WANDB_MODES = ("online", "offline", "disabled")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
-    return value
-
-
 def add_tracking_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of tracking to ``parser``.
 
@@ -37,31 +23,30 @@ def add_tracking_arguments(parser: argparse.ArgumentParser) -> None:
         choices=WANDB_MODES,
         default=mode if mode in WANDB_MODES else "online",
         help="Weights & Biases; online turns into offline by itself where no key is configured or the "
-        "server does not answer (default: WANDB_MODE, else online)",
+        "server does not answer (from WANDB_MODE if set)",
     )
-    group.add_argument("--wandb-project", default="scalesnn", help="W&B project (default: %(default)s)")
-    group.add_argument("--wandb-entity", default=None, help="W&B team or user (default: yours)")
-    group.add_argument("--wandb-name", default=None, help="W&B name of the run (default: its folder's name)")
+    group.add_argument("--wandb-project", default="scalesnn", help="W&B project")
+    group.add_argument("--wandb-entity", default=None, help="W&B team or user; yours if not given")
+    group.add_argument(
+        "--wandb-name", default=None, help="W&B name of the run; its folder's name if not given"
+    )
     group.add_argument("--wandb-group", default=None, help="W&B group of the run")
     group.add_argument("--wandb-tags", nargs="*", default=[], metavar="TAG", help="W&B tags of the run")
     group.add_argument("--wandb-notes", default=None, help="W&B notes of the run")
     group.add_argument(
         "--wandb-log-model", action="store_true", help="store the latest and best checkpoint as W&B artifacts"
     )
-    group.add_argument(
-        "--metrics-every", type=_positive, default=10, metavar="N", help="log every N steps (default: 10)"
-    )
+    group.add_argument("--metrics-every", type=int, default=10, metavar="N", help="log every N steps")
     group.add_argument(
         "--spike-metrics-every",
-        type=_not_negative,
+        type=int,
         default=100,
         metavar="N",
-        help="measure firing rates, dead channels, membranes and energy every N steps; 0: never "
-        "(default: 100)",
+        help="measure firing rates, dead channels, membranes and energy every N steps; 0: never",
     )
     group.add_argument(
         "--profile",
-        type=_not_negative,
+        type=int,
         default=0,
         metavar="N",
         help="record N steps with torch.profiler into RUN/profile and print the costliest operators",

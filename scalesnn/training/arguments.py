@@ -272,6 +272,9 @@ def check_arguments(args: Any) -> None:
         "lr_step_size": 1,
         "lr_warmup_epochs": 0,
         "start_epoch": 0,
+        "metrics_every": 1,
+        "spike_metrics_every": 0,
+        "profile": 0,
     }.items():
         value = getattr(args, flag, None)
         if isinstance(value, int) and value < least:
