@@ -372,7 +372,8 @@ def main() -> int:
         if "Traceback" in said:
             found.append(f"a traceback: {said[said.index('Traceback') :][:1500]}")
         for line in re.findall(r"^scalesnn: (.*)$", said, re.M):
-            if "cannot be used" in line or "damaged" in line:
+            gone = "there is no such folder" in line  # another process was asked to --clean it just then
+            if "damaged" in line or ("cannot be used" in line and not gone):
                 found.append(line)
         for path, before in foreign.items():
             if fingerprint(path) != before:
