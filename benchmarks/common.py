@@ -92,9 +92,6 @@ def resident() -> int:
 def peak_above(run: Callable[[], Any], every_s: float = 0.0005) -> int:
     """By how many bytes resident memory rises above what it is now while ``run`` runs. Free memory that the
     process holds is given back before."""
-    from scalesnn.memory import trim_arena
-
-    trim_arena()
     ctypes.CDLL(None).malloc_trim(0)
     loaded = peak = resident()
     over = threading.Event()

@@ -20,7 +20,7 @@ from scalesnn.memory.planner import Planner
 
 __all__ = ["largest_T", "memory", "step"]
 
-POLICIES = ("none", "layer", "block", "time:4", "layer+time:4")
+POLICIES = ("none", "layer", "block", "time:4")
 NET, T, N, SIZE = "spiking_resnet50", 16, 16, 224
 
 
@@ -94,7 +94,7 @@ def memory(report: Any, device: torch.device) -> None:
             f"{row['time_ratio']:.2f} x none"
         )
         report.write()
-    for name in ("none", "layer+time:4"):
+    for name in ("none", "time:4"):
         if report.out_of_time():
             break
         apply_policy(model, name)

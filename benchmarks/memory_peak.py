@@ -3,10 +3,10 @@ spiking_resnet18 of scalesnn under several policies, and SpikingJelly 2.0.0's, p
 
     python benchmarks/memory_peak.py --T 16 --batch-size 2 --size 128
 
-Every measurement is a process of its own, set up as users have it: SpikingJelly with the C library's
-allocator as it is, scalesnn with the arena that its Trainer takes (``memory.use_arena``). With --give-back
-freed blocks go back to the system at once in both, so that resident memory is what is alive (and every step
-is slow). Rounds go round all contenders, and the least counts.
+Every measurement is a process of its own, in two settings. First freed blocks are given back to the system at
+once: resident memory is what is alive. Then all are as users have them (SpikingJelly with the C library
+as it is, scalesnn with ``memory.keep_freed_blocks``, as its Trainer sets it): for the time, and for what the
+process holds. Rounds go round all contenders, and the least counts.
 Writes benchmarks/results/memory_peak_T16.json.
 """
 
@@ -57,11 +57,11 @@ def contender(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Peak bytes above the model, seconds and CPU seconds of a training step; the first, small, warms up."""
-    from scalesnn.memory import use_arena
+    from scalesnn.memory import keep_freed_blocks
 
     ours = not name.startswith("spikingjelly")
     if ours:
-        use_arena()
+        keep_freed_blocks()
     model, reset = contender(name, args)
     warm_x, warm_y = static_images(4, 1, 32, channels_last=ours)
     training_step(model, warm_x, warm_y, reset)
@@ -98,33 +98,37 @@ def main() -> None:
             "layer",
             "block",
             "time:4",
-            "layer+time:4",
+            "time:8",
         ],
     )
-    parser.add_argument("--give-back", action="store_true", help="freed blocks go back at once")
     parser.add_argument("--only", help="measure one in this process")
     parser.add_argument("--name", help="of the results file")
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args.only, args)))
         return
-    results = in_turn(__file__, args.contenders, args.rounds, GIVE_BACK if args.give_back else None)
     record: dict[str, Any] = {"machine": machine(), "arguments": vars(args), "contenders": {}}
-    best = {
-        name: {key: min(v[key] for v in values) for key in ("peak", "seconds", "cpu_seconds")}
-        for name, values in results.items()
-        if values
-    }
-    plain = best.get("spikingjelly")
-    for name, value in best.items():
-        row: dict[str, Any] = {**value, "rounds": results[name]}
-        text = f"{name:22} {value['peak'] / 2**20:7.0f} MiB {value['seconds']:7.2f} s"
-        if plain:
-            row["peak_ratio"] = value["peak"] / plain["peak"]
-            row["time_ratio"] = value["seconds"] / max(plain["seconds"], 1e-9)
-            text += f"   {row['peak_ratio']:.2f} × the memory, {row['time_ratio']:.2f} × the time"
+    alive, held = (in_turn(__file__, args.contenders, args.rounds, env) for env in (GIVE_BACK, None))
+    for name in args.contenders:
+        if not alive[name] or not held[name]:
+            continue
+        row: dict[str, Any] = {
+            "peak": min(v["peak"] for v in alive[name]),
+            "held": min(v["peak"] for v in held[name]),
+            **{key: min(v[key] for v in held[name]) for key in ("seconds", "cpu_seconds")},
+            "rounds": {"alive": alive[name], "held": held[name]},
+        }
         record["contenders"][name] = row
-        print(text + (" of SpikingJelly's" if plain else ""))
+        plain = record["contenders"].get("spikingjelly", row)
+        for key in ("peak", "held", "seconds", "cpu_seconds"):
+            row[f"{key}_ratio"] = row[key] / max(plain[key], 1e-9)
+        for key, scale, unit in (
+            ("peak", 2**20, "MiB alive"),
+            ("held", 2**20, "held"),
+            ("cpu_seconds", 1, "s"),
+        ):
+            print(f"{name} {row[key] / scale:.2f} {unit} ({row[f'{key}_ratio']:.2f} ×)", end=", ")
+        print(f"{row['seconds']:.2f} s by the clock")
     save(args.name or f"memory_peak_T{args.T}", record)
 
 

@@ -4,7 +4,7 @@
 
 Each configuration is measured above the loaded model, in processes of its own: once with freed blocks given
 back to the system at once (MALLOC_MMAP_THRESHOLD_), so that resident memory is what is alive, which is what
-the planner counts; once as the Trainer sets it up (``memory.use_arena``), which holds up to a quarter more.
+the planner counts; once as the Trainer sets it up (``memory.keep_freed_blocks``), which holds more.
 Writes benchmarks/results/memory_plan.json.
 """
 
@@ -25,10 +25,10 @@ CONFIGURATIONS = [
     (net, T, policy)
     for net, T, policies in (
         ("spiking_resnet18", 4, ("none", "layer", "block")),
-        ("spiking_resnet18", 24, ("none", "block", "time:6", "layer+time:8")),
-        ("spiking_resnet18", 64, ("layer+time:8",)),
+        ("spiking_resnet18", 24, ("none", "block", "layer", "time:6")),
+        ("spiking_resnet18", 64, ("time:8",)),
         ("spiking_resnet34", 8, ("none", "layer", "time:4")),
-        ("spiking_resnet50", 8, ("none", "layer", "block", "layer+time:4")),
+        ("spiking_resnet50", 8, ("none", "layer", "block", "time:4")),
     )
     for policy in policies
 ]
@@ -69,14 +69,14 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for net, T, policy in CONFIGURATIONS:
-        alive, arena = (measured(net, T, policy, args, give_back) for give_back in (True, False))
+        alive, held = (measured(net, T, policy, args, give_back) for give_back in (True, False))
         plan = predicted(net, T, args.batch_size, args.size, policy)
         row = {"net": net, "T": T, "policy": policy, "predicted": plan, "measured": alive}
-        rows.append({**row, "error": plan / alive - 1, "arena": arena, "arena_over_alive": arena / alive - 1})
+        rows.append({**row, "error": plan / alive - 1, "held": held, "held_over_alive": held / alive - 1})
         print(
             f"{net:18} T = {T:3} {policy:14} predicted {plan / 2**20:6.0f} MiB, measured "
             f"{alive / 2**20:6.0f} MiB, error {100 * rows[-1]['error']:+.1f} %; "
-            f"arena {arena / 2**20:.0f} MiB",
+            f"held {held / 2**20:.0f} MiB",
             flush=True,
         )
         save("memory_plan", {"machine": machine(), "arguments": vars(args), "configurations": rows})

@@ -51,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--net", default="spiking_resnet50")
     parser.add_argument("--T", type=int, default=16)
-    parser.add_argument("--policies", nargs="+", default=["none", "layer", "layer+time:4"])
+    parser.add_argument("--policies", nargs="+", default=["none", "layer", "time:4"])
     args = parser.parse_args()
     shape = (args.T, 32, 3, 224, 224)
     steps = neuron_steps(args.net, shape)

@@ -7,14 +7,14 @@ import copy
 import io
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from scalesnn.movers import missing
 
-__all__ = ["MemoryModule", "MultiStepModule", "Piece", "StepModule", "UserError", "speak_utf8"]
+__all__ = ["MemoryModule", "MultiStepModule", "StepModule", "UserError", "speak_utf8"]
 
 
 class UserError(ValueError):
@@ -55,17 +55,6 @@ class MultiStepModule(StepModule):
 
     _step_mode = "m"
     supported_step_modes = ("m",)
-
-
-class Piece(NamedTuple):
-    """A part of a net's forward: what it runs, and the modules that it runs, each of them once.
-
-    A net with a method ``pieces()`` says that its forward is these, one after the other. Memory policies run
-    the first of them again by themselves.
-    """
-
-    modules: tuple[nn.Module, ...]
-    run: Callable[[Tensor], Tensor]
 
 
 class MemoryModule(nn.Module, StepModule):

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from scalesnn.base import MemoryModule, UserError
+from scalesnn.kernels.deferred import Deferred, settle
+from scalesnn.kernels.spikes import is_spikes, mark_spikes
 from scalesnn.kernels.unit import (
     NeuronParameters,
     Normalisation,
@@ -29,6 +31,7 @@ from scalesnn.kernels.unit import (
     fused_unit,
     log_backend,
     neuron_surrogate,
+    normalise,
     usable,
     why_not_cupy,
 )
@@ -51,13 +54,15 @@ class BaseNode(MemoryModule):
         store_v_seq: keep the potential after every step in ``v_seq`` [T, N, …].
 
     ``v`` is a float until the first step and a tensor [N, …] afterwards; call ``functional.reset_net``
-    between batches. ``observer``, if set, is called after every multi-step forward with the node, the
+    between batches. ``truncate``, if not 0, is after how many steps gradients are cut (set by the policy
+    ``time:K,detach``). ``observer``, if set, is called after every multi-step forward with the node, the
     spikes (detached) and the last ``v`` (detached).
     """
 
     supported_backends: tuple[str, ...] = ("auto", "torch", "cupy")
     v: Tensor | float
     v_seq: Tensor | None
+    truncate: int = 0
 
     def __init__(
         self,
@@ -129,12 +134,33 @@ class BaseNode(MemoryModule):
         """
         if x_seq.dim() < 1 or x_seq.shape[0] < 1:
             raise UserError(f"expected a sequence [T, N, …] with T >= 1, got the shape {tuple(x_seq.shape)}")
-        spikes = self._fused(x_seq, norm)
-        if spikes is None:
-            spikes = self._torch_multi_step(x_seq)
+        if self.truncate and torch.is_grad_enabled():
+            spikes = self._truncated(x_seq, norm)
+        else:
+            spikes = self._sequence(x_seq, norm)
         if self.observer is not None:
             self.observer(self, spikes.detach(), self.v.detach() if isinstance(self.v, Tensor) else None)
         return spikes
+
+    def _sequence(self, x_seq: Tensor, norm: Normalisation | None = None) -> Tensor:
+        spikes = self._fused(x_seq, norm)
+        return self._torch_multi_step(x_seq) if spikes is None else spikes
+
+    def _truncated(self, x_seq: Tensor, norm: Normalisation | None = None) -> Tensor:
+        """The sequence by ``truncate`` steps; no gradient goes from one part to the one before it."""
+        x_seq = settle(x_seq, norm is not None)
+        if isinstance(x_seq, Deferred):  # it knows where to truncate
+            return self._sequence(x_seq, norm)
+        parts, potentials = [], []
+        for x in (x_seq if norm is None else normalise(x_seq, norm)).split(self.truncate):
+            parts.append(self._sequence(x))
+            potentials.append(self.v_seq)
+            if isinstance(self.v, Tensor):
+                self.v = self.v.detach()
+        if self.store_v_seq:
+            self.v_seq = torch.cat([v for v in potentials if v is not None])
+        out = torch.cat(parts)
+        return mark_spikes(out) if all(is_spikes(part) == 1 for part in parts) else out
 
     def forward(self, x: Tensor, norm: Normalisation | None = None) -> Tensor:
         """Spikes of one step or of a sequence, as ``step_mode`` says.
@@ -157,16 +183,20 @@ class BaseNode(MemoryModule):
         Raises:
             UserError: ``v`` is left over from inputs of another shape.
         """
-        dtype = _state_dtype(x)
-        if not isinstance(self.v, Tensor):
-            self.v = torch.full_like(x, self.v, dtype=dtype, requires_grad=False)
-        elif self.v.shape != x.shape:
+        if isinstance(self.v, Tensor):
+            self._fit_v(x, x.shape)
+        else:
+            self.v = torch.full_like(x, self.v, dtype=_state_dtype(x), requires_grad=False)
+
+    def _fit_v(self, x: Tensor, shape: torch.Size) -> None:
+        """Have the tensor ``v`` fit inputs of one step of this shape, like ``x``."""
+        assert isinstance(self.v, Tensor)
+        if self.v.shape != shape:
             raise UserError(
                 f"{type(self).__name__} holds potentials of shape {tuple(self.v.shape)} but got an input of "
-                f"shape {tuple(x.shape)}: call functional.reset_net(net) between batches"
+                f"shape {tuple(shape)}: call functional.reset_net(net) between batches"
             )
-        else:
-            self.v = self.v.to(x.device, dtype)
+        self.v = self.v.to(x.device, _state_dtype(x))
 
     def fuses(self, x_seq: Tensor) -> bool:
         """Whether a fused kernel runs this neuron on inputs like ``x_seq`` [T, N, …].
@@ -211,7 +241,7 @@ class BaseNode(MemoryModule):
         if known is None:
             return None
         if isinstance(self.v, Tensor):
-            self.prepare_v(x_seq[0])
+            self._fit_v(x_seq, x_seq.shape[1:])
         w = getattr(self, "w", None)
         charge = self._kernel_neuron
         assert charge is not None

@@ -61,8 +61,10 @@ def empty(x: Tensor, steps: int | None, dtype: torch.dtype | None = None) -> Ten
     if x.is_contiguous():
         return torch.empty(shape, dtype=dtype, device=x.device)
     channel = len(shape) - x.dim() + 2
-    moved = (*shape[:channel], *shape[channel + 1 :], shape[channel])
-    return torch.empty(moved, dtype=dtype, device=x.device).movedim(-1, channel)
+    stride, size = [0] * len(shape), 1
+    for d in (channel, *reversed(range(channel + 1, len(shape))), *reversed(range(channel))):
+        stride[d], size = size, size * max(shape[d], 1)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=x.device)  # no view, which += would refuse
 
 
 def like(tensor: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalesnn.kernels import cpu, cuda, launch, ops, self_check, spikes
+from scalesnn.kernels.deferred import Deferred, settle
 from scalesnn.kernels.source import IDENTITY, SCALARS, surrogate_key
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Normalisation",
     "fused_unit",
     "log_backend",
+    "neuron_arguments",
     "normalise",
     "usable",
     "why_not_cupy",
@@ -125,6 +128,11 @@ def fused_unit(
     Returns:
         spikes (or y) like ``x``, and v in float32 (float64 for float64).
     """
+    x = settle(x, norm is not None)
+    if isinstance(x, Deferred):
+        return x.unit(neuron, v, v_every_step, norm)
+    if norm is not None and isinstance(norm.residual, Deferred):
+        norm = replace(norm, residual=norm.residual.plain())
     steps, shape = x.shape[0], x.shape
     once = getattr(spikes.marked(x), "scalesnn_once", None)
     residual = None if norm is None else norm.residual
@@ -143,23 +151,8 @@ def fused_unit(
                 residual_bits = packed[0]
             elif getattr(known, "scalesnn_affine", None) is not None:
                 residual_x, residual_affine = known.scalesnn_normalised, known.scalesnn_affine  # type: ignore[attr-defined]
-    if neuron is None:
-        options: tuple[object, ...] = (0, 0.0, 1.0, 0.0, None, False, False, False, IDENTITY, [])
-        decay = None
-    else:
-        decay = neuron.decay
-        options = (
-            ops.CHARGES[neuron.charge],
-            0.0 if isinstance(v, Tensor) else float(v),
-            neuron.tau,
-            neuron.v_threshold,
-            neuron.v_reset,
-            neuron.detach_reset,
-            v_every_step,
-            with_bits,
-            neuron.surrogate,
-            list(neuron.surrogate_parameters),
-        )
+    options = neuron_arguments(neuron, v, v_every_step, with_bits)
+    decay = None if neuron is None else neuron.decay
     out, v_out, bits = ops.unit(
         x,
         norm.mean if norm else None,
@@ -186,6 +179,26 @@ def fused_unit(
         )
         spikes.mark_affine(out, x.detach(), affine)
     return out, v_out
+
+
+def neuron_arguments(
+    neuron: NeuronParameters | None, v: Tensor | float, v_every_step: bool, with_bits: bool
+) -> tuple[Any, ...]:
+    """The arguments of ``ops.unit`` from ``charge`` to ``parameters``; None: no neuron."""
+    if neuron is None:
+        return (0, 0.0, 1.0, 0.0, None, False, False, False, IDENTITY, [])
+    return (
+        ops.CHARGES[neuron.charge],
+        0.0 if isinstance(v, Tensor) else float(v),
+        neuron.tau,
+        neuron.v_threshold,
+        neuron.v_reset,
+        neuron.detach_reset,
+        v_every_step,
+        with_bits,
+        neuron.surrogate,
+        list(neuron.surrogate_parameters),
+    )
 
 
 def normalise(x: Tensor, norm: Normalisation) -> Tensor:

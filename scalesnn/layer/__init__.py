@@ -25,7 +25,6 @@ from scalesnn.layer.normalisation import (
     GroupNorm,
     convert_sync_batchnorm,
 )
-from scalesnn.layer.normalisation import is_watched as is_watched
 from scalesnn.layer.others import (
     Dropout,
     Dropout2d,
@@ -47,6 +46,7 @@ from scalesnn.layer.pooling import (
     MaxPool2d,
     MaxPool3d,
 )
+from scalesnn.layer.step import is_watched as is_watched
 from scalesnn.movers import missing
 
 __all__ = [

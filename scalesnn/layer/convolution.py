@@ -6,15 +6,32 @@ So ``Conv2d`` keeps its weight that way, and its outputs come that way, whatever
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from scalesnn.kernels import spike_layers, spikes
-from scalesnn.layer.step import Plain, StepLayer, is_repeated
+from scalesnn.layer.step import Plain, StepLayer, is_repeated, is_watched
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "ConvolutionPolicy",
+]
+
+
+class ConvolutionPolicy(Protocol):
+    """What an activation-checkpoint policy does for a convolution."""
+
+    def defer(self, module: Conv2d, x: Tensor) -> Tensor | None:
+        """The output for ``x`` [T, N, C, H, W], deferred; None: the module makes it."""
+        ...
 
 
 class Conv2d(StepLayer, nn.Conv2d):
@@ -25,15 +42,30 @@ class Conv2d(StepLayer, nn.Conv2d):
 
     The weight lies in channels_last. One that does not (FSDP2, ZeRO, ``.to(memory_format=
     torch.contiguous_format)``) gives the same outputs in the same format.
+
+    Attributes:
+        policy: makes the output of a sequence that autograd records; set by ``memory.apply_policy``.
     """
+
+    policy: ConvolutionPolicy | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lay_weight_last()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve every image; the output's images are channels_last."""
+    def forward(self, x: Tensor, instead: Callable[[Tensor], Any] | None = None) -> Any:
+        """Convolve every image; the output's images are channels_last.
+
+        Args:
+            instead: called with ``x`` in the place of the convolution, while ZeRO-3 has gathered the weight.
+        """
+        if instead is not None:
+            return instead(x)
         plain = self.step_mode == "s" or x.dim() != 5 or is_repeated(x)
+        if not plain and self.policy is not None and torch.is_grad_enabled() and not is_watched(self):
+            deferred = self.policy.defer(self, x)
+            if deferred is not None:
+                return deferred
         if plain or self.padding_mode != "zeros" or isinstance(self.padding, str) or not self._pays(x):
             return self._over_time(self._convolve, x)
         return self._of_spikes(x)

@@ -9,8 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from scalesnn.base import UserError
 from scalesnn.functional import seq_to_ann_forward
 from scalesnn.kernels import normalisation
+from scalesnn.kernels.deferred import Deferred, settle
 from scalesnn.kernels.unit import Normalisation, normalise, usable
-from scalesnn.layer.step import StepLayer, check_images, is_repeated, once_of
+from scalesnn.layer.step import StepLayer, check_images, is_repeated, is_watched, once_of
 from scalesnn.neuron import BaseNode
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     "BatchNorm3d",
     "GroupNorm",
     "convert_sync_batchnorm",
-    "is_watched",
 ]
 
 
@@ -38,6 +38,7 @@ class _NormUnit(StepLayer):
             neuron: takes the sum; its spikes are returned. Without it the sum is returned.
             residual: added to the normalised input; its shape.
         """
+        x = settle(x, norm=True)
         if self._fuses(x, neuron, residual):
             norm = self._statistics(x)
             norm.residual = residual
@@ -100,7 +101,10 @@ class _BatchNorm(_NormUnit, BatchNorm):
         if self._uses_batch():
             repeated = is_repeated(x)
             with torch.no_grad():
-                moments = normalisation.batch_statistics(once_of(x).unsqueeze(0) if repeated else x)
+                if isinstance(x, Deferred):
+                    moments = x.batch_statistics()
+                else:
+                    moments = normalisation.batch_statistics(once_of(x).unsqueeze(0) if repeated else x)
                 count = torch.full((), x.numel() // x.shape[2], dtype=torch.float64, device=x.device)
                 mean, variance, count = _over_group(moments, count, self.group)
                 if self.training:
@@ -211,16 +215,6 @@ def _over_group(moments: Tensor, count: Tensor, group: str) -> tuple[Tensor, Ten
     mean = normalisation.all_reduce(moments[0] * count, group) / total
     squares = (moments[1] + (moments[0] - mean).square()) * count
     return mean, normalisation.all_reduce(squares, group) / total, total
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether somebody's hook looks at the module's input, which a fused unit does not make. The hooks of
-    ZeRO-3 and
-    FSDP2, which gather parameters, do not count."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-    names = (getattr(hook, "__module__", "") or "" for hook in hooks)
-    return any(not name.startswith(("deepspeed.", "torch.")) for name in names)
 
 
 def convert_sync_batchnorm(

@@ -11,7 +11,7 @@ from scalesnn.base import StepModule, UserError
 from scalesnn.functional import seq_to_ann_forward
 from scalesnn.kernels import spikes
 
-__all__ = ["Plain", "StepLayer", "check_images", "is_repeated", "once_of"]
+__all__ = ["Plain", "StepLayer", "check_images", "is_repeated", "is_watched", "once_of"]
 
 
 SPACE = ("", ", L", ", H, W", ", D, H, W")  # of inputs with 0 … 3 dimensions of space
@@ -80,3 +80,12 @@ def once_of(x_seq: Tensor) -> Tensor:
     """The one step [N, …] that a sequence repeats."""
     once = getattr(spikes.marked(x_seq), "scalesnn_once", None)
     return x_seq[0] if once is None else once
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hook looks at the module's input, which a fused unit does not make. The hooks of
+    ZeRO-3 and FSDP2, which gather parameters, do not count."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    names = (getattr(hook, "__module__", "") or "" for hook in hooks)
+    return any(not name.startswith(("deepspeed.", "torch.")) for name in names)

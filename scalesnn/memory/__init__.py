@@ -1,6 +1,6 @@
 """Large T: activation checkpointing across layers, blocks and time-steps, and a planner that makes it fit."""
 
-from scalesnn.memory.allocator import trim_arena, use_arena
+from scalesnn.memory.allocator import keep_freed_blocks
 from scalesnn.memory.arguments import Prepared, add_memory_arguments, prepare
 from scalesnn.memory.policy import Policy, apply_policy, policy_of
 
@@ -9,8 +9,7 @@ __all__ = [
     "Prepared",
     "add_memory_arguments",
     "apply_policy",
+    "keep_freed_blocks",
     "policy_of",
     "prepare",
-    "trim_arena",
-    "use_arena",
 ]

@@ -27,7 +27,7 @@ def add_memory_arguments(parser: Any) -> None:
         "--activation-checkpoint",
         default="none",
         metavar="POLICY",
-        help="what backward computes again instead of keeping: none, layer, block, time:K, layer+time:K, "
+        help="what backward computes again instead of keeping: none, layer, block, time:K, "
         "auto (cheapest that fits --memory-budget); see docs/memory.md",
     )
     group.add_argument(

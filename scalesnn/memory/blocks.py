@@ -1,25 +1,26 @@
-"""Policy ``block``: of a residual block only the input is kept; backward runs the block again.
+"""Modules that run again in backward (torch.utils.checkpoint): residual blocks, of which only the input is
+kept, and, where no statistics span the sequence, the whole net by chunks of time-steps.
 
-Running it again changes nothing: running statistics and memories (potentials, dropout masks) are put back as
+Running again changes nothing: running statistics and memories (potentials, dropout masks) are put back as
 they were, random numbers are drawn from the same state, autocast is as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scalesnn import functional
 from scalesnn.base import MemoryModule
-from scalesnn.kernels import spikes
-from scalesnn.memory.mixins import put_before, take_off
-from scalesnn.memory.rematerialise import KeptSpikes
+from scalesnn.kernels.kept import keep
 
-__all__ = ["install", "memories_of", "nothing_changed", "remove", "residual_blocks", "restore_memories"]
+__all__ = ["install", "remove", "residual_blocks", "run_in_chunks", "takes_batch_statistics"]
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:
@@ -42,64 +43,83 @@ def residual_blocks(model: nn.Module) -> list[nn.Module]:
 def install(model: nn.Module) -> None:
     """Have every block of the net run again in backward."""
     for block in residual_blocks(model):
-        put_before(block, _RunAgain)
+        block.forward = partial(run_again, block, block.forward)
 
 
 def remove(model: nn.Module) -> None:
     """Undo ``install``."""
-    take_off(model, _RunAgain)
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func is run_again:
+            del module.forward
 
 
-class _RunAgain:
-    """Mixin put before a block's class."""
-
-    def forward(self, x: Tensor) -> Any:
-        """The block's own forward, of which autograd keeps the input only."""
-        plain = super().forward  # type: ignore[misc]
-        assert isinstance(self, nn.Module)
-        if not torch.is_grad_enabled():
-            return plain(x)
-        return run_again(self, plain, x)
-
-
-def run_again(block: nn.Module, plain: Any, x: Tensor) -> Any:
+def run_again(block: nn.Module, plain: Callable[[Tensor], Any], x: Tensor) -> Any:
     """``plain(x)``, of which autograd keeps ``x`` only, as bits where it is spikes."""
-    at_start = memories_of(block)
+    if not torch.is_grad_enabled():
+        return plain(x)
+    at_start = _memories_of(block)
     needs_grad = x.requires_grad
     first: list[Tensor] = [x]
-    kept: Any = KeptSpikes(x) if spikes.is_spikes(x) and x.stride(0) != 0 else x.detach()
+    kept, form = keep(x)
+    kept = kept.detach()
 
     def run(_: Tensor) -> Any:
         if first:
             return plain(first.pop())
-        again = kept() if isinstance(kept, KeptSpikes) else kept.detach()
-        with nothing_changed(block):
-            restore_memories(at_start)
+        again = kept.detach() if form is None else form.whole(kept)
+        with _nothing_changed(block):
+            _restore_memories(at_start)
             return plain(again.requires_grad_(needs_grad))
 
     # the empty tensor tells checkpoint on which device there are random numbers to restore
     return checkpoint(run, x.new_empty(0), use_reentrant=False, preserve_rng_state=True)
 
 
+def takes_batch_statistics(net: nn.Module) -> bool:
+    """Whether a layer of the net looks at all time-steps together."""
+    return any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+        for m in net.modules()
+    )
+
+
+def run_in_chunks(
+    net: nn.Module, plain: Callable[[Tensor], Any], x_seq: Tensor, steps: int, again: bool, detach: bool
+) -> Any:
+    """The net's forward over ``x_seq`` [T, N, …], ``steps`` time-steps at a time.
+
+    Args:
+        again: keep of a chunk the input and the potentials before it, and run it again in backward.
+        detach: no gradient goes from one chunk to the one before it.
+    """
+    outputs = []
+    for x in x_seq.split(steps):
+        outputs.append(run_again(net, plain, x) if again else plain(x))
+        if detach:
+            functional.detach_net(net)
+    return torch.cat(outputs)
+
+
 Memories = list[tuple[MemoryModule, dict[str, Any]]]
 
 
-def memories_of(module: nn.Module) -> Memories:
+def _memories_of(module: nn.Module) -> Memories:
     """The values of all memories inside a module."""
     return [(m, dict(m.named_memories())) for m in module.modules() if isinstance(m, MemoryModule)]
 
 
-def restore_memories(saved: Memories) -> None:
-    """Put back what ``memories_of`` gave."""
+def _restore_memories(saved: Memories) -> None:
+    """Put back what ``_memories_of`` gave."""
     for module, values in saved:
         for name, value in values.items():
             setattr(module, name, value)
 
 
 @contextmanager
-def nothing_changed(module: nn.Module) -> Iterator[None]:
+def _nothing_changed(module: nn.Module) -> Iterator[None]:
     """Buffers (running statistics), memories and observers are afterwards as they were before."""
-    memories = memories_of(module)
+    memories = _memories_of(module)
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     observers = [(m, m.observer) for m in module.modules() if getattr(m, "observer", None) is not None]
     for node, _ in observers:
@@ -111,4 +131,4 @@ def nothing_changed(module: nn.Module) -> Iterator[None]:
             node.observer = observer
         for buffer, value in buffers:
             buffer.data.copy_(value)  # .data: autograd may hold the buffer, unread
-        restore_memories(memories)
+        _restore_memories(memories)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -209,12 +208,11 @@ def ladder(policy: Policy, T: int | None) -> list[Policy]:
     names = ["none", "layer"]
     steps = (T or 1) // 2
     while T and steps >= 1:
-        names.append(f"layer+time:{steps}")
+        names.append(f"time:{steps}")
         steps //= 4
     found = [Policy.parse(name) for name in names]
     if policy.steps:
-        smaller = [p for p in found if 0 < p.steps < policy.steps]
-        return [replace(policy, whole=False), *smaller] if policy.whole else smaller
+        return [p for p in found if 0 < p.steps < policy.steps]
     if (policy.layer and policy.only is None) or policy.block:
         return found[2:]
     return found[1:]

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalesnn.base import UserError
 from scalesnn.memory.blocks import residual_blocks
-from scalesnn.memory.gradients import FEW
 from scalesnn.memory.policy import Policy
 from scalesnn.memory.trace import CPU, GPU, Device, Trace, fake_copy, trace
 
@@ -187,39 +186,32 @@ class Planner:
         return max(int(min(room, default=0)), 0)
 
     def _largest_T(self, policy: Policy) -> int:
-        """The largest T that fits: a line through two traces, then checked where that is quick."""
+        """The largest T that fits: a line through two traces, then, where traces are quick, checked."""
 
         def peak_at(T: int) -> int:
             return self.peak(policy, (T, *self.shape[1:]))
 
-        far = self.shape[0] if self.shape[0] > policy.steps else 2 * policy.steps
-        near = policy.steps if policy.steps and self.is_deep else max(far // 2, policy.steps, 1)
-        if far > FEW * policy.steps > 0:  # many chunks: memory grows in another way than with few
-            near = max(near, (FEW + 1) * policy.steps)
+        K = policy.steps
+        far = max(self.shape[0], 3 * K)
+        near = 2 * K if K else max(far // 2, 1)
         if near == far:
             far = 2 * near
         low, high = peak_at(near), peak_at(far)
-        slope = (high - low) / (far - near)
-        if slope <= 0:
+        if high <= low:
             return far if high <= self.budget else 0
-        value = int(far + (self.budget - high) / slope)
-        if policy.steps or value < 1 or value > 32 * far:  # tracing very many steps takes long
+        value = int(far + (self.budget - high) * (far - near) / (high - low))
+        if K or value > 32 * far:  # tracing very many steps takes long
             return max(value, 0)
-        known = [(near, low), (far, high)]
-        fits = max((k for k in known if k[1] <= self.budget), default=(0, 2 * low - high))
-        bursts: tuple[int, int] | None = None
+        best = max((T for T, peak in ((near, low), (far, high)) if peak <= self.budget), default=0)
         for _ in range(TRIES):  # the line bends and steps where another layer becomes the worst
-            value = max(value, fits[0] + 1)
-            if fits[1] > ENOUGH * self.budget or (bursts is not None and value >= bursts[0]):
+            if value <= best:
                 break
-            found = (value, peak_at(value))
-            if found[1] <= self.budget:
-                fits, other = found, bursts or fits
-            else:
-                bursts, other = found, fits
-            slope = (other[1] - found[1]) / (other[0] - found[0])
-            value = int(fits[0] + (self.budget - fits[1]) / slope) if slope > 0 else fits[0] + 1
-        return fits[0]
+            peak = peak_at(value)
+            best = value if peak <= self.budget else best
+            if ENOUGH * self.budget < peak <= self.budget:
+                break
+            value = int(value * (self.budget - self._constant) / (peak - self._constant))
+        return best
 
     def policies(self) -> list[Policy]:
         """The exact policies worth trying, by predicted time."""
@@ -227,9 +219,9 @@ class Planner:
         if len(self.shape) == 5:
             T = self.shape[0]
             if T > 1:
-                names += [f"time:{max(T // 4, 1)}", f"layer+time:{max(T // 4, 1)}"]
-            if T >= 8 and not self.is_deep:  # time:K with a smaller K keeps more potentials, and is slower
-                names.append(f"layer+time:{T // 8}")
+                names.append(f"time:{max(T // 4, 1)}")
+            if T >= 8 and not self.is_deep:
+                names.append(f"time:{T // 8}")
         found = [Policy.parse(name) for name in names]
         return [p for p in found if not p.block or residual_blocks(self.model)]
 
@@ -256,7 +248,7 @@ class Planner:
 
     def _mix(self, everything: Policy) -> Policy:
         """``layer`` for as few convolutions as fit, in the order of bytes saved for a second."""
-        sizes = self.trace(everything).convolutions
+        sizes = self.trace(Policy()).convolutions
         order = sorted(sizes, key=lambda name: -sizes[name][0] / max(sizes[name][1], 1.0))
         low, high = 0, len(order)  # `low` convolutions are too few, `high` are enough
         for _ in range(TRIES):

@@ -3,11 +3,8 @@
     none         what the fused units keep: the convolution's output and the spikes' bits
     layer        the spikes' bits and the BatchNorm statistics; backward runs the convolution again
     block        the bits at the borders of residual blocks; backward runs the block again
-    time:K       time in chunks of K steps: of each unit the bits, and the potentials at chunk borders;
-                 forward and backward hold K steps of a unit at a time
-    layer+time:K as time:K, without the potentials: they come again in backward. With more than four chunks
-                 the net's front runs again in sweeps, so that its gradients never stand whole
-    ,whole       after layer+time:K: they do stand whole. Faster, and larger
+    time:K       as layer, by K time-steps: forward and backward hold K steps of a convolution's output.
+                 layer+time:K is another name for it
     ,detach      after time:K: truncated backpropagation through time, no gradient through chunk borders
     ,bn=chunk    after time:K: BatchNorm statistics of each chunk. Faster, and another network
 
@@ -17,22 +14,29 @@ Every policy but the last two gives the loss, gradients, running statistics and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from scalesnn import layer
 from scalesnn.base import UserError
-from scalesnn.memory import blocks, front, rematerialise, streaming
-from scalesnn.memory.mixins import put_before
+from scalesnn.kernels import spikes
+from scalesnn.kernels.deferred import Deferred
+from scalesnn.kernels.kept import keep
+from scalesnn.memory import blocks
+from scalesnn.memory.deferral import Streaming
+from scalesnn.neuron import BaseNode
 
 __all__ = ["Policy", "apply_policy", "policy_of"]
 
-SYNTAX = "none, layer, block, time:K, layer+time:K (with ,detach ,bn=chunk or ,whole after a time) or auto"
-OPTIONS = {"detach": "detach", "bn=chunk": "chunk_norm", "whole": "whole"}
+SMALLEST = 4096  # elements of spikes that are kept as bits
+SYNTAX = "none, layer, block, time:K (with ,detach or ,bn=chunk after it) or auto"
+OPTIONS = {"detach": "detach", "bn=chunk": "chunk_norm"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Policy:
 
     Attributes:
         layer: run convolutions again in backward. block: run residual blocks again.
-        steps: K of time:K; 0 where time is not cut. detach, chunk_norm, whole: its options.
+        steps: K of time:K; 0 where time is not cut. detach, chunk_norm: its options.
         only: of ``layer``, the names of the convolutions to run again; None: all of them.
     """
 
@@ -50,7 +54,6 @@ class Policy:
     steps: int = 0
     detach: bool = False
     chunk_norm: bool = False
-    whole: bool = False
     only: frozenset[str] | None = None
 
     @classmethod
@@ -78,14 +81,12 @@ class Policy:
                 raise UserError(f"unknown activation-checkpoint policy {text!r}: use {SYNTAX}")
             changes: dict[str, Any] = {OPTIONS[option]: True}
             policy = replace(policy, **changes)
-        if policy.whole and (not policy.layer or policy.chunk_norm):
-            raise UserError(f"activation-checkpoint policy {text!r}: whole goes with layer+time:K only")
         if policy.block and (policy.layer or (policy.steps and not policy.chunk_norm)):
             raise UserError(
                 f"activation-checkpoint policy {text!r}: block goes with time:K,bn=chunk only; "
                 "a block run again keeps nothing that layer or time:K could save"
             )
-        return policy
+        return replace(policy, layer=policy.layer and not (policy.steps and not policy.chunk_norm))
 
     def __str__(self) -> str:
         words = [word for word in ("layer", "block") if getattr(self, word)]
@@ -99,34 +100,6 @@ class Policy:
     def exact(self) -> bool:
         """Whether it gives the same gradients and statistics as ``none``."""
         return not (self.detach or self.chunk_norm)
-
-
-class _Governed:
-    """Mixin put before the class of a net that has a policy: its training forward runs under it."""
-
-    _memory_policy: Policy
-
-    @torch.compiler.disable
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The net's own forward, under the policy where autograd records."""
-        plain = super().forward  # type: ignore[misc]
-        if not torch.is_grad_enabled():
-            return plain(*args, **kwargs)
-        policy, net = self._memory_policy, self
-        assert isinstance(net, nn.Module)
-        if policy.steps:
-            from scalesnn.memory import chunks
-
-            return chunks.run(net, plain, policy, *args, **kwargs)
-        with keeping(net, policy):
-            return plain(*args, **kwargs)
-
-
-def keeping(net: nn.Module, policy: Policy) -> AbstractContextManager[None]:
-    """What ``policy`` keeps of a forward pass that runs inside this context (``layer`` and ``block``)."""
-    if policy.layer or policy.block:
-        return rematerialise.kept_as_recipes(net, policy.only)
-    return nullcontext()
 
 
 def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
@@ -148,36 +121,77 @@ def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
     if policy == "auto":
         raise UserError("activation-checkpoint auto needs to know the input: call scalesnn.memory.prepare")
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
-    blocks.remove(model)
-    streaming.remove(model)
-    front.remove(model)
-    if isinstance(model, _Governed):
-        model.__class__ = type(model).__mro__[2]
-        del model._memory_policy
+    _take_off(model)
     if policy == Policy():
         return model
-    put_before(model, _Governed)
-    setattr(model, "_memory_policy", policy)  # noqa: B010 (mypy cannot know the new class)
+    streaming = Streaming(0 if policy.chunk_norm else policy.steps, policy.detach and not policy.chunk_norm)
+    if policy.layer or (policy.steps and not policy.chunk_norm):
+        for name, module in model.named_modules():
+            if isinstance(module, layer.Conv2d) and (policy.only is None or name in policy.only):
+                module.policy = streaming
+            if isinstance(module, BaseNode) and streaming.detach:
+                module.truncate = policy.steps
     if policy.block:
         blocks.install(model)
-    if policy.steps and not policy.chunk_norm:
-        streaming.install(model)
-        if policy.layer:
-            front.install(model)
-    elif policy.layer:
-        streaming.install_pools(model)
+    model.forward = partial(_run, model, model.forward, policy, streaming)
     return model
+
+
+def _take_off(model: nn.Module) -> None:
+    blocks.remove(model)
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func is _run:
+            del module.forward
+        if isinstance(module, layer.Conv2d):
+            module.policy = None
+        if isinstance(module, BaseNode):
+            module.truncate = 0
+
+
+@torch.compiler.disable
+def _run(
+    net: nn.Module, plain: Callable[..., Any], policy: Policy, streaming: Streaming, *args: Any, **kwargs: Any
+) -> Any:
+    """The net's own forward, under the policy where autograd records."""
+    if not torch.is_grad_enabled():
+        return plain(*args, **kwargs)
+    x_seq: Any = args[0] if args else None
+    if policy.steps and (not isinstance(x_seq, Tensor) or x_seq.dim() < 3 or len(args) > 1 or kwargs):
+        raise UserError(f"{policy} cuts time, but the net was not given one sequence [T, N, …]")
+    with _spikes_as_bits():
+        if policy.steps and (policy.chunk_norm or not blocks.takes_batch_statistics(net)):
+            again = not (policy.layer or policy.block)
+            run = partial(streaming.paused_in, plain) if again else plain
+            return blocks.run_in_chunks(net, run, x_seq, policy.steps, again, policy.detach)
+        out = plain(*args, **kwargs)
+    return out.plain() if isinstance(out, Deferred) else out
 
 
 def policy_of(model: nn.Module) -> Policy:
     """The policy of a net (or of the net inside DDP's or DeepSpeed's wrapper)."""
-    for module in _inner(model):
-        if isinstance(module, _Governed):
-            return module._memory_policy
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        forward = inner.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func is _run:
+            policy: Policy = forward.args[2]
+            return policy
+        inner = getattr(inner, "module", None)
     return Policy()
 
 
-def _inner(model: nn.Module | None) -> Iterator[nn.Module]:
-    while isinstance(model, nn.Module):
-        yield model
-        model = getattr(model, "module", None)
+@contextmanager
+def _spikes_as_bits() -> Iterator[None]:
+    """Inside, spikes that torch's own operations save for the backward pass are kept as bits."""
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.numel() < SMALLEST or isinstance(tensor, nn.Parameter):
+            return tensor
+        kept, form = keep(tensor) if spikes.is_spikes(tensor) else (tensor, None)
+        return tensor if form is None else (kept, form)
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[1].whole(kept[0])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

@@ -22,9 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scalesnn import functional
 from scalesnn.base import MemoryModule
 from scalesnn.kernels import spike_conv
-from scalesnn.memory.counting import counted_by
-from scalesnn.memory.handlers import handle
-from scalesnn.memory.lazy import Lazy
 from scalesnn.memory.policy import Policy, apply_policy
 
 __all__ = ["Device", "Trace", "fake_copy", "potentials", "trace"]
@@ -54,7 +51,7 @@ class Device:
     overhead: int = 0
 
 
-CPU = Device(5e10, 8e9, 64, 1 / 4, 7 << 20)  # the arena's; measured by benchmarks/memory_plan.py
+CPU = Device(5e10, 8e9, 64, 1 / 4, 7 << 20)  # measured by benchmarks/memory_plan.py
 GPU = Device(2e14, 2e12, 512)
 
 
@@ -98,7 +95,7 @@ class _Ledger(TorchDispatchMode):
         self.trace, self.rounding = trace, rounding
         self.lazy_pages = rounding == CPU.rounding
         self.activations = self.gradients = 0
-        self.times = 1  # that an operation counts
+        self.in_backward = False
         self._known: dict[int, Any] = {}
         self._kinds: dict[int, str] = {}
         for tensor in own:
@@ -144,10 +141,12 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(isinstance(a, Lazy) for a in args):
-            with self:  # what it does chunk by chunk is counted, too
-                return handle(func, args, kwargs or {})
+        if func is torch.ops.prim.device.default:  # asked for all the time
+            return args[0].fake_device
         name = func._schema.name
+        sums_up = self.in_backward and name == "aten::add" and not torch.is_grad_enabled()
+        if sums_up and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
+            func, name = torch.ops.aten.add_.Tensor, "aten::add_"  # autograd does so in place
         if name in COMPOSED:
             with self:
                 return func.decompose(*args, **(kwargs or {}))
@@ -160,19 +159,19 @@ class _Ledger(TorchDispatchMode):
         for tensor in results:
             if type(tensor).__name__ == "FakeTensor" and not (self.lazy_pages and name in EMPTY):
                 self._see(tensor)
-        if func.is_view or name == "aten::detach" or name in EMPTY:
+        if func.is_view or name == "aten::detach" or name in EMPTY or not results:
             return out
-        inputs = [a for a in args if isinstance(a, Tensor)]
-        self.trace.traffic += self.times * sum(_size(t) for t in (*results, *inputs))
+        inputs = [a for a in args[1 if name == "aten::copy_" else 0 :] if isinstance(a, Tensor)]
+        self.trace.traffic += sum(_size(t) for t in (*results, *inputs))
         if name in CONVOLUTIONS:
             weight = args[3] if name == CONVOLUTIONS[2] else args[1]
             looks_up = name == CONVOLUTIONS[2] and spike_conv.suits(args[0], args[2], weight, args[8])
-            self.trace.flops += self.times * _flops(results[0], weight) * (LOOK_UP if looks_up else 1)
+            self.trace.flops += _flops(results[0], weight) * (LOOK_UP if looks_up else 1)
         elif name == "scalesnn::spike_conv2d_weight":
-            self.trace.flops += self.times * _flops(args[0], args[3]) * LOOK_UP
+            self.trace.flops += _flops(args[0], args[3]) * LOOK_UP
         elif name == "aten::convolution_backward":
             wanted = sum(bool(w) for w in args[10][:2])
-            self.trace.flops += self.times * wanted * _flops(args[0], args[2])
+            self.trace.flops += wanted * _flops(args[0], args[2])
         return out
 
 
@@ -233,18 +232,18 @@ def trace(
             parameter.grad = None
             handles.append(parameter.register_post_accumulate_grad_hook(ledger.is_gradient))
         for name, module in model.named_modules():
-            # where time is cut, a hook would keep the net from having a front
-            if isinstance(module, nn.Conv2d) and not policy.steps:
+            if isinstance(module, nn.Conv2d) and policy == Policy():  # a hook would have outputs made
                 handles.append(module.register_forward_hook(_measure_convolution(found, name)))
         context: AbstractContextManager[Any] = nullcontext()
         if amp_dtype is not None:
             context = torch.autocast("cpu", amp_dtype)
         look_up = nullcontext() if rounding == CPU.rounding else spike_conv.products()
         try:
-            with ledger, look_up, counted_by(ledger):
+            with ledger, look_up:
                 with context:
                     loss = _loss(model, x, target)
                 found.saved = ledger.activations - potentials(model)
+                ledger.in_backward = True
                 loss.backward()
                 del loss
         finally:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from scalesnn.base import Piece
 from scalesnn.model.resnet import ARCHITECTURES, BasicBlock, Bottleneck, ResNet, load_pretrained
 
 __all__ = [
@@ -28,13 +27,6 @@ Neuron = Callable[..., nn.Module] | None
 
 class SpikingResNet(ResNet):
     """A ResNet whose blocks end with a neuron on branch + shortcut. Arguments: see ``resnet.ResNet``."""
-
-    def pieces(self) -> list[Piece]:
-        """``forward`` in parts: stem, blocks and head."""
-        blocks = [block for stage in (self.layer1, self.layer2, self.layer3, self.layer4) for block in stage]
-        stem = Piece((self.conv1, self.bn1, self.sn1, self.maxpool), self._stem)
-        head = Piece((self.avgpool, self.fc), self._head)
-        return [stem, *(Piece((block,), block) for block in blocks), head]
 
 
 def _make(

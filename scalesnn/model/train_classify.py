@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from scalesnn.base import UserError
 from scalesnn.data import add_data_arguments, open_data, recipe_of
 from scalesnn.doctor import add_preflight_argument, run_preflight
-from scalesnn.memory import add_memory_arguments, use_arena
+from scalesnn.memory import add_memory_arguments, keep_freed_blocks
 from scalesnn.parallel import NonFiniteLossError, add_parallel_arguments, create_strategy
 from scalesnn.parallel.placement import add_placement_arguments, place_process
 from scalesnn.parallel.start_again import StartAgain, again, remember_start
@@ -265,7 +265,7 @@ class Trainer:
         args.rank, args.gpu = self.topology.rank, self.topology.local_rank  # SpikingJelly's hooks read these
         self.device = strategy.setup_device(args.device)
         if self.device.type == "cpu":
-            use_arena()
+            keep_freed_blocks()
         if args.preflight:
             run_preflight(args, self.topology, strategy.store)
         with ExitStack() as stack:

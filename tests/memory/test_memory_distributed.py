@@ -46,7 +46,7 @@ def run(strategy: str, policies: list[str]) -> dict[str, dict[str, float]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_policies_train_the_same_net_on_two_ranks(strategy):
-    policies = ["layer", "block", "layer+time:2", "layer+time:1"]  # the last in five chunks: with a front
+    policies = ["layer", "block", "time:2"]
     found = run(strategy, policies)
     for policy in policies:
         assert found[policy]["losses"] < 1e-10, (policy, found)
@@ -57,7 +57,7 @@ def test_policies_train_the_same_net_on_two_ranks(strategy):
 
 @pytest.mark.distributed
 def test_chunks_do_not_gather_weights_again():
-    policies = ["layer+time:2", "time:1"]
+    policies = ["layer", "time:2"]
     found = run("zero3-tight", policies)
     convolutions = 20
     for policy in policies:

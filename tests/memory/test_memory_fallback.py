@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from scalesnn.base import UserError
-from scalesnn.memory import Policy, apply_policy, policy_of
+from scalesnn.memory import apply_policy, policy_of
 from scalesnn.memory.arguments import free_memory
-from scalesnn.memory.fallback import Fallback, is_out_of_memory, ladder
+from scalesnn.memory.fallback import Fallback, is_out_of_memory
 
 
 def test_the_step_runs_under_the_next_policy_with_the_same_result():
@@ -27,7 +27,7 @@ def test_the_step_runs_under_the_next_policy_with_the_same_result():
         return found
 
     found = Fallback(model, 5, None, notices.append).run(attempt)
-    assert tries == ["none", "layer", "layer+time:2"]
+    assert tries == ["none", "layer", "time:2"]
     assert len(notices) == 2
     nets.assert_same(found, expected, 1e-10)
 
@@ -48,11 +48,6 @@ def test_gradients_of_earlier_micro_batches_are_kept():
     Fallback(model, 5, None, print).run(attempt)
     for name, p in model.named_parameters():
         assert torch.equal(p.grad, before[name]), name
-
-
-def test_whole_gradients_are_given_up_first():
-    names = [str(p) for p in ladder(Policy.parse("layer+time:8,whole"), 64)]
-    assert names == ["layer+time:8", "layer+time:2"]
 
 
 class OtherRanks:

@@ -1,18 +1,15 @@
-"""Gradients of long sequences under ``time:K``: kept once at a time, exact whoever else looks at them."""
+"""Gradients of long sequences, exact whoever else looks at them."""
 
 import memory_nets as nets
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalesnn import layer, neuron
-from scalesnn.memory import Policy, apply_policy
-from scalesnn.memory.lazy import Kept, Lazy, Lease, Options
-from scalesnn.memory.trace import trace
+from scalesnn.memory import apply_policy
 
-LONG = 11  # with K = 2 six chunks, the last of one step
-POLICIES = ["layer+time:2,whole", "time:2"]
+LONG = 7  # with K = 2 four chunks, the last of one step
+POLICIES = ["layer", "time:2"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -32,7 +29,7 @@ def test_exact_where_potentials_of_every_step_are_kept(net, compare):
     for module in model.modules():
         if isinstance(module, neuron.BaseNode):
             module.store_v_seq = True
-    compare(model, "layer+time:2,whole", nets.images(steps=LONG))
+    compare(model, "time:2", nets.images(steps=LONG))
 
 
 class Watched(nn.Module):
@@ -93,7 +90,7 @@ def test_hooks_that_change_gradients_do(change):
         found = {f"{i}": y.grad.clone() for i, y in enumerate(watched.seen)}
         return found | gradients_of(watched.net)
 
-    expected, found = both("layer+time:2,whole", run)
+    expected, found = both("time:2", run)
     nets.assert_same(found, expected, 1e-10)
 
 
@@ -146,32 +143,3 @@ def test_an_input_gets_a_dense_gradient(policy):
         assert type(x.grad) is torch.Tensor
         found.append({"x": x.grad})
     nets.assert_same(found[1], found[0], 1e-10)
-
-
-def test_the_gradient_is_there_once():
-    def peak(steps):
-        mode = FakeTensorMode()
-        with mode:
-            model = nets.NETS["spiking_resnet18"]()
-            nets.functional.set_step_mode(model, "m")
-        return trace(model, (steps, 1, 3, 64, 64), Policy.parse("layer+time:8,whole"), mode=mode).peak()
-
-    one = 64 * 16 * 16 * 4  # bytes of a step of the first stage, the widest
-    assert (peak(96) - peak(48)) / 48 < 1.8 * one  # a gradient, the bits of all spikes, potentials
-
-
-def test_chunks_are_given_up_unless_somebody_may_ask():
-    for held in (False, True):
-        first = Kept(6, 2)
-        for a in (4, 2, 0):
-            first.put(a, torch.full((2, 3), float(a)))
-        lazy = Lazy((6, 3), (3, 1), torch.float32, torch.device("cpu"), first, Options(2)).is_gradient(
-            [first]
-        )
-        second = Kept(6, 2, lambda a, b, f=first: f(a, b) + 1, Lease([first]))
-        if not held:
-            del lazy
-        assert second(2, 4).tolist() == [[3.0] * 3] * 2
-        assert sorted(first.chunks) == ([0, 2, 4] if held else [0])
-        if held:
-            assert lazy.whole()[5].tolist() == [4.0] * 3
