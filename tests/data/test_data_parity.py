@@ -29,7 +29,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, picture: Any) -> Path:
     root = tmp_path_factory.mktemp("photos")
     sizes = np.random.default_rng(3).integers(150, 420, (84, 2))
     for number, (height, width) in enumerate(sizes.tolist()):
-        folder = root / ("train" if number < 60 else "val") / "only"
+        folder = root / ("train" if number < 60 else "val") / ("even", "odd")[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(number, height, width)).save(folder / f"{number:02d}.jpg", quality=92)
     return root
@@ -59,7 +59,7 @@ def test_validation_pixels_are_those_of_torchvisions_own_transforms(
             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-    files = sorted((photos / "val" / "only").glob("*.jpg"))
+    files = sorted((photos / "val").glob("*/*.jpg"))
     expected = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     assert ((stacked(dali.val) - expected).abs() * PIXEL).mean() <= 0.2
 
@@ -108,9 +108,10 @@ def test_an_image_smaller_than_the_crop_is_padded_like_torchvision(
     tmp_path: Path, picture: Any, open_loaders: Any
 ) -> None:
     for split in ("train", "val"):
-        (tmp_path / split / "only").mkdir(parents=True)
         for number, size in enumerate([(9, 30), (31, 9), (11, 11)]):
-            Image.fromarray(picture(number, *size)).save(tmp_path / split / "only" / f"{number}.png")
+            folder = tmp_path / split / f"class_{number}"
+            folder.mkdir(parents=True)
+            Image.fromarray(picture(number, *size)).save(folder / "image.png")
     size = ("--val-resize-size", "9", "--val-crop-size", "14")
     dali = open_loaders(tmp_path, *size)
     reference = open_loaders(tmp_path, *size, "--loader", "torchvision", "-j", "0")
