@@ -26,6 +26,7 @@ from data_throughput import make_images, processor
 from scalesnn.data.headers import decode_rgb
 from scalesnn.data.index import ImageIndex
 from scalesnn.data.listing import open_index
+from scalesnn.data.loader import BadImages
 from scalesnn.data.pack import pack_split
 from scalesnn.data.sampling import random_permutation
 
@@ -46,7 +47,7 @@ def indexes(root: Path) -> dict[str, ImageIndex]:
     (root / "parquet").mkdir()
     table = pa.table({"image": structs, "label": files.labels})
     pq.write_table(table, root / "parquet" / "0000.parquet", row_group_size=100)
-    pack_split(files, root / "tar" / "train", 2**28)
+    pack_split(BadImages(files, skip=True), root / "tar" / "train", 2**28)
     return {
         "files": files,
         "tar": open_index(root / "tar" / "train"),

@@ -14,12 +14,24 @@ from torch import Tensor, nn
 
 from scalesnn.movers import missing
 
-__all__ = ["MemoryModule", "MultiStepModule", "StepModule", "UserError", "speak_utf8"]
+__all__ = ["MemoryModule", "MultiStepModule", "StepModule", "UserError", "printable", "speak_utf8"]
+
+
+def printable(text: str) -> str:
+    """``text`` on one line that every terminal shows: control characters (a line break in a file's name) as
+    escapes, bytes that are not UTF-8 as the replacement character."""
+    if text.isprintable():
+        return text
+    shown = ("\ufffd" if "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in text)
+    return "".join(shown)
 
 
 class UserError(ValueError):
     """Bad input from the user. The entry points print it as one line, without a traceback, and exit with
     code 2."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 def speak_utf8() -> None:

@@ -10,14 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from scalesnn.base import UserError
+from scalesnn.base import UserError, printable
 from scalesnn.data.arguments import default_workers
 from scalesnn.data.frames import decode_frames
 from scalesnn.data.headers import BadImageError, decode_rgb, image_kind, image_size
 from scalesnn.data.index import ImageIndex
 from scalesnn.data.layout import find_layout
-from scalesnn.data.listing import BAD_LIST, is_frames, open_index
-from scalesnn.data.walking import printable
+from scalesnn.data.listing import BAD_LIST, bad_list_name, is_frames, open_index
 
 __all__ = ["Finding", "add_check_command", "check_index", "write_list"]
 
@@ -83,10 +82,9 @@ def write_list(findings: Iterable[Finding], root: Path, target: Path) -> None:
     """Write the bad images to ``target``, one a line with a tab before the reason; the others as comments."""
     lines = ["# images that cannot be used, from `scalesnn data check`; training leaves them out"]
     for finding in findings:
-        path = os.path.relpath(finding.path, root)
-        lines.append(f"{'' if finding.bad else '# works: '}{path}\t{finding.reason}")
-    text = "\n".join(lines) + "\n"
-    target.write_text(text, encoding="utf-8", errors="surrogateescape")
+        name = bad_list_name(os.path.relpath(finding.path, root))
+        lines.append(f"{'' if finding.bad else '# works: '}{name}\t{printable(finding.reason)}")
+    target.write_bytes("\n".join([*lines, ""]).encode("utf-8", "surrogateescape"))
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -116,7 +114,7 @@ def run_check(args: argparse.Namespace) -> int:
         index.close()
     write_list(findings, root, target)
     for finding in findings:
-        print(f"{'bad  ' if finding.bad else 'works'}  {printable(finding.path)}: {finding.reason}")
+        print(f"{'bad  ' if finding.bad else 'works'}  {printable(f'{finding.path}: {finding.reason}')}")
     bad = sum(finding.bad for finding in findings)
     notes = Counter(finding.reason for finding in findings if not finding.bad)
     odd = "".join(f"; {count} {reason}" for reason, count in notes.most_common())

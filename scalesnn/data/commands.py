@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from scalesnn.base import UserError
 from scalesnn.data.check import add_check_command
 from scalesnn.data.imagenet import add_imagenet_command
 from scalesnn.data.pack import add_index_command, add_pack_command
@@ -25,7 +26,8 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _stoppable(run: Run) -> Run:
-    """``run``, which Ctrl-C and SIGTERM end as exceptions do: half-made files are removed on the way out."""
+    """``run``, which Ctrl-C and SIGTERM end as exceptions do: half-made files are removed on the way out.
+    What the file system refuses is the user's to mend."""
 
     @functools.wraps(run)
     def stopped(args: argparse.Namespace) -> int:
@@ -37,6 +39,11 @@ def _stoppable(run: Run) -> Run:
         except KeyboardInterrupt:
             print("scalesnn: stopped", file=sys.stderr)
             return 128 + signal.SIGINT
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a folder that may not be written to, a full disk
+            where = f"{error.filename}: " if error.filename else ""
+            raise UserError(f"{where}{error.strerror or error}") from error
         finally:
             signal.signal(signal.SIGTERM, before)
 

@@ -78,7 +78,7 @@ class FramesReader(Reader):
     shape: tuple[int, ...] = ()
 
     def _read_one(self, image: int) -> tuple[np.ndarray, tuple[int, int]]:
-        data = self._read_bytes(image)
+        data = self.bad.read(image)
         frames = decode_frames(data)
         if frames.shape != self.shape:
             raise BadImageError(f"has shape {list(frames.shape)}, the first has {list(self.shape)}")

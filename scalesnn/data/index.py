@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scalesnn.base import UserError
-from scalesnn.data.walking import HIDDEN, LeftOut, is_folder, is_hidden, printable, walk_classes
+from scalesnn.base import UserError, printable
+from scalesnn.data.walking import HIDDEN, LeftOut, is_folder, is_hidden, walk_classes
 
 __all__ = ["IMAGE_EXTENSIONS", "ImageIndex", "class_folders", "index_folder"]
 
@@ -204,7 +204,6 @@ def _beside_classes(root: Path) -> LeftOut:
 
 def _some(names: list[str], what: str) -> str:
     """'class a', or 'classes a, b, c and 7 more'."""
-    names = [printable(name) for name in names]
     if len(names) == 1:
         return f"{what} {names[0]}"
     plural = what + ("es" if what.endswith("s") else "s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 
 from scalesnn.base import UserError
 
@@ -33,7 +34,7 @@ def class_number(label: object, where: str) -> int:
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63:
         return number
     shown = label.decode("utf-8", "replace") if isinstance(label, bytes) else label
-    text = repr(shown)
+    text = reprlib.repr(shown) if isinstance(shown, (list, dict)) else repr(shown)  # of any depth
     raise UserError(
         f"{where}: a label must be a whole number from 0 on, the class's line in classes.txt counted from 0; "
         f"got {text if len(text) <= 40 else text[:37] + '...'}"

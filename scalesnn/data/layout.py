@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from scalesnn.base import UserError
+from scalesnn.base import UserError, printable
 from scalesnn.data.index import ImageIndex, class_folders
 from scalesnn.data.listing import holds_frames, open_index
 from scalesnn.data.parquet import parquet_files
-from scalesnn.data.walking import printable
 
 __all__ = ["Layout", "check_classes", "find_layout", "hold_out", "open_splits", "remark_on_depth"]
 
@@ -105,10 +104,10 @@ def _meant(root: Path) -> str:
     """Which folder --data-path may have meant instead of ``root``, as the end of a message."""
     below = [entry.path for entry in class_folders(root) if (Path(entry.path) / "train").is_dir()]
     if below:
-        return f": is --data-path {printable(min(below))} meant?"
+        return f": is --data-path {min(below)} meant?"
     above = root.resolve().parent
     if root.resolve().name in _SPLITS and (above / "train").is_dir():
-        return f": is --data-path {printable(str(above))} meant?"
+        return f": is --data-path {above} meant?"
     return ": the data folder must hold train/CLASS/*.jpg and val/CLASS/*.jpg"
 
 
@@ -121,7 +120,7 @@ def check_classes(index: ImageIndex) -> None:
     root, names = index.root, index.classes
     if len(names) > 1 and not set(map(str.lower, names)) <= _SPLITS:
         return
-    shown = printable(", ".join(names))
+    shown = ", ".join(names)
     if len(names) > 1:
         raise UserError(f"{root} has splits for classes, {shown}: is --data-path {root} meant?")
     if index.shard is not None:
@@ -131,7 +130,7 @@ def check_classes(index: ImageIndex) -> None:
     if inside:
         more = f" and {len(inside) - 5} more" if len(inside) > 5 else ""
         message += (
-            f"; in it are the folders {printable(', '.join(inside[:5]))}{more}: if those are the classes, "
+            f"; in it are the folders {', '.join(inside[:5])}{more}: if those are the classes, "
             f"they belong into {root} itself"
         )
     raise UserError(message)

@@ -16,11 +16,12 @@ from scalesnn.base import UserError
 from scalesnn.data.index import IMAGE_EXTENSIONS, ImageIndex, class_folders, index_folder
 from scalesnn.data.parquet import ParquetIndex, index_parquet, parquet_files
 from scalesnn.data.shards import compressed_shards, find_shards, index_shards, looks_like_shard
-from scalesnn.data.walking import is_hidden, printable, state_of
+from scalesnn.data.walking import is_hidden, state_of
 
 __all__ = [
     "BAD_LIST",
     "STORED_INDEX",
+    "bad_list_name",
     "holds_frames",
     "is_frames",
     "make_index",
@@ -78,10 +79,8 @@ def _prefer_folders(root: Path, kind: str, shards: list[Path], folders: list[str
     real = [shard for shard in shards if shard.stem not in folders and looks_like_shard(kind, shard)]
     if real:
         raise UserError(
-            printable(
-                f"{root} holds both class folders with images (such as {holding[0]}) and {kind} shards "
-                f"(such as {real[0].name}): move away what is not to be trained on"
-            )
+            f"{root} holds both class folders with images (such as {holding[0]}) and {kind} shards "
+            f"(such as {real[0].name}): move away what is not to be trained on"
         )
     return True
 
@@ -222,15 +221,33 @@ def open_index(root: Path, classes: list[str] | None = None, cache: Path | None 
     return index
 
 
+def bad_list_name(name: str) -> str:
+    """``name`` as it stands in a list of bad images: as a JSON string where a line could not hold it."""
+    plain = name == name.strip() and not name.startswith(("#", '"')) and not set(name) & set("\t\n\r")
+    return name if plain else json.dumps(name)
+
+
+def _listed_name(entry: str) -> str:
+    if entry.startswith('"') and entry.endswith('"'):
+        try:
+            return str(json.loads(entry))
+        except ValueError:  # a list by hand, and a name with quotes
+            pass
+    return entry
+
+
 def read_bad_list(path: Path, root: Path) -> set[str]:
     """The images that a list of `scalesnn data check` names, as full paths: one a line, up to a tab; # begins
-    a comment.
+    a comment; a name in double quotes is a JSON string.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     except OSError as error:
         raise UserError(f"--bad-image-list {path}: {error.strerror}") from error
-    return {str(root / line.split("\t")[0]) for line in lines if line.strip() and not line.startswith("#")}
+    entries = (line.removesuffix("\r").split("\t")[0] for line in text.split("\n"))
+    return {
+        str(root / _listed_name(entry)) for entry in entries if entry.strip() and not entry.startswith("#")
+    }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scalesnn.base import UserError
 from scalesnn.data.augment import Recipe
+from scalesnn.data.headers import BadImageError
 from scalesnn.data.index import ImageIndex
 from scalesnn.data.mixing import Mixer
 from scalesnn.data.sampling import BatchKeys, EvaluationOrder, TrainOrder
@@ -72,6 +73,24 @@ class BadImages:
     skip: bool
     reasons: dict[int, str] = field(default_factory=dict)
     replaced: int = 0
+
+    def read(self, image: int) -> bytes:
+        """The bytes of an image.
+
+        Raises:
+            BadImageError: they cannot be had.
+        """
+        attempt = 0
+        while True:  # network file systems fail for a moment at times
+            try:
+                return self.index.read(image)
+            except FileNotFoundError as error:
+                raise BadImageError("the file is gone, or a link that leads nowhere") from error
+            except OSError as error:
+                if attempt == 2:
+                    raise BadImageError(f"cannot be read: {error.strerror or error}") from error
+                time.sleep(0.05 * 4**attempt)
+                attempt += 1
 
     def add(self, image: int, reason: str) -> None:
         """Remember and log a bad image.

@@ -8,27 +8,32 @@ import io
 import itertools
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from scalesnn.base import UserError
-from scalesnn.data.index import ImageIndex
+from scalesnn.data.headers import BadImageError
 from scalesnn.data.layout import find_layout
 from scalesnn.data.listing import is_frames, make_index, store_index, stored_beside
+from scalesnn.data.loader import BadImages
 from scalesnn.data.parquet import ParquetIndex
 from scalesnn.data.sampling import random_permutation
-from scalesnn.data.shards import CLASSES_FILE
+from scalesnn.data.shards import CLASSES_FILE, text_of_classes
 
 __all__ = ["add_index_command", "add_pack_command", "pack_split"]
 
 
-def _members(index: ImageIndex, order: np.ndarray) -> Iterator[tuple[str, bytes, int]]:
+def _members(bad: BadImages, order: Iterable[int]) -> Iterator[tuple[str, bytes, int]]:
     """Name, bytes and label of each image; members are numbered, because keys must differ."""
-    for place, image in enumerate(order.tolist()):
+    index = bad.index
+    for place, image in enumerate(order):
+        try:
+            data = bad.read(image)
+        except BadImageError as error:
+            bad.add(image, str(error))
+            continue
         extension = os.path.splitext(index.names[image])[1].lower() or ".jpg"
-        yield f"{place:08d}{extension}", index.read(image), int(index.labels[image])
+        yield f"{place:08d}{extension}", data, int(index.labels[image])
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -37,14 +42,14 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def pack_split(index: ImageIndex, target: Path, shard_bytes: int, progress: bool = False) -> int:
-    """Write the images of ``index`` as WebDataset shards shard-NNNNNN.tar into the new folder ``target``.
+def pack_split(bad: BadImages, target: Path, shard_bytes: int, progress: bool = False) -> int:
+    """Write images as WebDataset shards shard-NNNNNN.tar into the new folder ``target``.
 
     Images are shuffled once, so that a reader that goes through shards in order does not see one class after
     the other; scalesnn itself does not need that. Those of parquet files keep their order.
 
     Args:
-        index: the images.
+        bad: the images; those that cannot be read are left out, logged and remembered here.
         target: the folder; made here.
         shard_bytes: a shard is closed when it has so many bytes of images.
         progress: show a bar.
@@ -53,18 +58,18 @@ def pack_split(index: ImageIndex, target: Path, shard_bytes: int, progress: bool
         the number of shards.
 
     Raises:
-        UserError: ``target`` is not empty.
+        UserError: ``target`` is not empty, or too many images cannot be read.
     """
     from rich.progress import track
 
     target.mkdir(parents=True, exist_ok=True)
     if any(target.iterdir()):
         raise UserError(f"{target} is not empty")
-    in_order = isinstance(index, ParquetIndex)  # whose images are quick to read in groups only
-    order = np.arange(len(index)) if in_order else random_permutation(0, 0, len(index))
+    count = len(bad.index)
+    in_order = isinstance(bad.index, ParquetIndex)  # whose images are quick to read in groups only
+    order = range(count) if in_order else random_permutation(0, 0, count).tolist()
     shards = 0
-    members = track(_members(index, order), target.name, total=len(index), disable=not progress)
-    rest = iter(members)
+    rest = _members(bad, track(order, target.name, total=count, disable=not progress))
     for first in rest:
         size = 0
         with tarfile.open(target / f"shard-{shards:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -102,17 +107,15 @@ def run_pack(args: argparse.Namespace) -> int:
         index = make_index(split, classes)
         if is_frames(index):
             raise UserError(f"{split} holds event frames: pack is for images")
-        if broken := [name for name in index.classes if not name or "\n" in name or name.endswith("\r")]:
-            raise UserError(
-                f"{split}: {CLASSES_FILE} cannot hold the class name {broken[0]!r}: rename the class"
-            )
         classes = classes or index.classes
-        shards = pack_split(index, target / name, args.shard_size * 2**20, not args.quiet)
+        listed = text_of_classes(classes)
+        bad = BadImages(index, skip=True)
+        shards = pack_split(bad, target / name, args.shard_size * 2**20, not args.quiet)
         index.close()
-        print(*index.left_out, f"{len(index)} images in {shards} shards in {target / name}", sep="\n")
-    assert classes is not None
-    listed = "\n".join(classes) + "\n"
-    (target / CLASSES_FILE).write_bytes(listed.encode("utf-8", "surrogateescape"))
+        unreadable = f", {len(bad.reasons)} left out that cannot be read" if bad.reasons else ""
+        packed = f"{len(index) - len(bad.reasons)} images in {shards} shards in {target / name}{unreadable}"
+        print(*index.left_out, packed, sep="\n")
+    (target / CLASSES_FILE).write_bytes(listed)
     _store(target)
     return 0
 

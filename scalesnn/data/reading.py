@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,23 +62,9 @@ class Reader:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, "scalesnn-read") if threads > 1 else None
 
-    def _read_bytes(self, image: int) -> bytes:
-        """The bytes of an image; BadImageError where they cannot be had."""
-        attempt = 0
-        while True:  # network file systems fail for a moment at times
-            try:
-                return self.bad.index.read(image)
-            except FileNotFoundError as error:
-                raise BadImageError("the file is gone") from error
-            except OSError as error:
-                if attempt == 2:
-                    raise BadImageError(f"cannot be read: {error.strerror or error}") from error
-                time.sleep(0.05 * 4**attempt)
-                attempt += 1
-
     def _read_one(self, image: int) -> tuple[Any, tuple[int, int]]:
         """Bytes that the decoder can take, height and width of an image; BadImageError for a bad one."""
-        data = self._read_bytes(image)
+        data = self.bad.read(image)
         if image in self.by_pillow or not decodes_alike(data) or not looks_whole(data):
             pixels = decode_rgb(data)
             return as_bitmap(pixels), pixels.shape[:2]

@@ -37,6 +37,7 @@ __all__ = [
     "looks_like_shard",
     "place_labels",
     "read_classes",
+    "text_of_classes",
 ]
 
 CLASSES_FILE = "classes.txt"
@@ -159,7 +160,31 @@ def read_classes(path: Path) -> list[str]:
     Raises:
         UserError: no text, or an empty line between the others, which would shift the labels.
     """
-    text = path.read_bytes()
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return _classes_of(text, path)
+
+
+def text_of_classes(names: list[str]) -> bytes:
+    """What a classes.txt with these names holds.
+
+    Raises:
+        UserError: read again, a name would be another.
+    """
+    encoded = [name.encode("utf-8", "surrogateescape") + b"\n" for name in names]
+    for name, line in zip(names, encoded, strict=True):
+        try:
+            held = _classes_of(line, Path(CLASSES_FILE)) == [name]
+        except UserError:
+            held = False
+        if not held:
+            raise UserError(f"{CLASSES_FILE} cannot hold the class name {name!r}: rename the class")
+    return b"".join(encoded)
+
+
+def _classes_of(text: bytes, path: Path) -> list[str]:
     if b"\0" in text:
         raise UserError(f"{path} is not a text file in UTF-8")
     names = text.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").rstrip("\r\n").split("\n")
@@ -204,6 +229,10 @@ def place_labels(
     return classes, np.array([place[str(label)] for label in labels.tolist()], np.int64)
 
 
+# What reading damaged bytes raises: a header may ask for any memory, and tarfile recurses over headers.
+_DAMAGE: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, OverflowError, struct.error)
+_DAMAGE += (tarfile.TarError, MemoryError, RecursionError)
+
 _Walk = Callable[[Path, LeftOut], Iterator[Entry]]
 
 
@@ -214,7 +243,7 @@ def _listed(walk: _Walk, shard: Path) -> tuple[list[Entry], LeftOut]:
         return list(walk(shard, left_out)), left_out
     except UserError:
         raise
-    except (OSError, ValueError, LookupError, OverflowError, struct.error, tarfile.TarError) as error:
+    except _DAMAGE as error:
         compression = compression_of(shard) if shard.is_file() else None
         if compression is not None:
             raise UserError(
@@ -294,6 +323,8 @@ def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
         shift += 7
+        if shift == 70:
+            raise ValueError("an integer of more than ten bytes")
 
 
 def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
@@ -306,6 +337,8 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int,
             yield number, wire, value, value
         elif wire == 2:
             length, at = _varint(data, at)
+            if at + length > end:
+                raise ValueError("a field that reaches past its record")
             yield number, wire, at, at + length
             at += length
         elif wire in (1, 5):
@@ -334,8 +367,8 @@ def _first_bytes(data: mmap.mmap, at: int, end: int) -> tuple[int, int] | None:
     """Start and end of a feature's first bytes: Feature.bytes_list (1), its value (1)."""
     for number, _, start, stop in _fields(data, at, end):
         if number == 1:
-            for _, _, first, last in _fields(data, start, stop):
-                return first, last
+            for _, wire, first, last in _fields(data, start, stop):
+                return (first, last) if wire == 2 else None
     return None
 
 
@@ -343,8 +376,10 @@ def _first_integer(data: mmap.mmap, at: int, end: int) -> int | None:
     """A feature's first integer: Feature.int64_list (3), its value (1), packed or not."""
     for number, _, start, stop in _fields(data, at, end):
         if number == 3:
-            for _, wire, first, _ in _fields(data, start, stop):
-                return _varint(data, first)[0] if wire == 2 else first
+            for _, wire, first, last in _fields(data, start, stop):
+                if wire == 0 or first == last:
+                    return first if wire == 0 else None
+                return _varint(data, first)[0]
     return None
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from scalesnn.base import UserError
+from scalesnn.base import UserError, printable
 from scalesnn.data.index import ImageIndex
 from scalesnn.data.layout import find_layout, open_splits
-from scalesnn.data.listing import BAD_LIST, read_bad_list
-from scalesnn.data.walking import printable
+from scalesnn.data.listing import BAD_LIST, bad_list_name, read_bad_list
 
 __all__ = ["SUBSET_LIST", "add_subset_command", "choose_classes", "choose_images", "make_subset"]
 
@@ -99,7 +98,7 @@ def make_subset(
         copied = _link(files, partial, source, quiet)
         title = f"# {fraction} of each class of {source.resolve()}, seed {seed}, {len(kept)} classes\n"
         (partial / SUBSET_LIST).write_text(
-            title + "\n".join(files) + "\n", encoding="utf-8", errors="surrogateescape"
+            title + "\n".join(map(bad_list_name, files)) + "\n", encoding="utf-8", errors="surrogateescape"
         )
         partial.rename(target)
     except OSError as error:

@@ -120,7 +120,7 @@ def _files(file: BinaryIO, shard: Path, left_out: LeftOut) -> list[_Member]:
     found: list[_Member | tuple[str, str]] = []  # a link is (name, target)
     places: dict[str, _Member | tuple[str, str]] = {}
     for member in _members(file):
-        name = posixpath.normpath(member.name)
+        name = posixpath.normpath(member.name).replace("//", "/")  # normpath keeps two at the beginning
         if member.isdir():
             continue
         if member.issparse():
@@ -164,6 +164,8 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
+                if member.size < 0:  # tarfile would go back to the same header for ever
+                    raise ValueError(f"{member.name} claims {member.size} bytes")
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
                 yield member
             end = tar.offset

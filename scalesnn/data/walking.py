@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scalesnn.base import UserError
+from scalesnn.base import UserError, printable
 
-__all__ = ["HIDDEN", "LeftOut", "Walk", "is_folder", "is_hidden", "printable", "state_of", "walk_classes"]
+__all__ = ["HIDDEN", "LeftOut", "Walk", "is_folder", "is_hidden", "state_of", "walk_classes"]
 
 HIDDEN = "hidden or system entries"
 _LINK = "folders that are listed elsewhere already"
@@ -37,11 +37,6 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def printable(name: str) -> str:
-    """``name`` for messages: one that is not UTF-8 can be printed, too."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 @dataclass
@@ -196,7 +191,7 @@ def walk_classes(root: Path, names: Iterable[str], extensions: tuple[str, ...]) 
                 result.left_out.add(_LINK, name)
             elif identity in owners:
                 raise UserError(
-                    printable(f"{root}: the class folders {owners[identity]} and {name} are the same folder")
+                    f"{root}: the class folders {owners[identity]} and {name} are the same folder"
                 )
             else:
                 owners[identity] = name
@@ -218,8 +213,7 @@ def walk_classes(root: Path, names: Iterable[str], extensions: tuple[str, ...]) 
             result.folders |= tree.states
             result.left_out.merge(tree.left_out)
     except OSError as error:
-        where = printable(str(error.filename or root))
-        raise UserError(f"{where} cannot be listed: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or root} cannot be listed: {error.strerror or error}") from error
     return result
 
 

@@ -404,4 +404,7 @@ def check_writable(parent: Path, given: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output-dir {given}: cannot be written ({error.strerror})") from None
+        reason = error.strerror
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            reason = "it, or a part of it, is a file or a link that leads nowhere"
+        raise UserError(f"--output-dir {given}: cannot be written ({reason})") from None
