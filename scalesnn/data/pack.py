@@ -7,7 +7,9 @@ import argparse
 import io
 import itertools
 import os
+import shutil
 import tarfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -98,24 +100,31 @@ def _splits(root: Path) -> dict[str, Path]:
 
 
 def run_pack(args: argparse.Namespace) -> int:
-    """The command ``pack``."""
+    """The command ``pack``. TARGET appears when it is complete: half of the shards would train, too."""
     source, target = Path(args.folder), Path(args.target)
     if args.shard_size < 1:
         raise UserError(f"--shard-size must be at least 1, got {args.shard_size}")
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is not empty: name a new folder")
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     classes: list[str] | None = None
-    for name, split in _splits(source).items():
-        index = make_index(split, classes)
-        if is_frames(index):
-            raise UserError(f"{split} holds event frames: pack is for images")
-        classes = classes or index.classes
-        listed = text_of_classes(classes)
-        bad = BadImages(index, skip=True)
-        shards = pack_split(bad, target / name, args.shard_size * 2**20, not args.quiet)
-        index.close()
-        unreadable = f", {len(bad.reasons)} left out that cannot be read" if bad.reasons else ""
-        packed = f"{len(index) - len(bad.reasons)} images in {shards} shards in {target / name}{unreadable}"
-        print(*index.left_out, packed, sep="\n")
-    (target / CLASSES_FILE).write_bytes(listed)
+    try:
+        for name, split in _splits(source).items():
+            index = make_index(split, classes)
+            if is_frames(index):
+                raise UserError(f"{split} holds event frames: pack is for images")
+            classes = classes or index.classes
+            listed = text_of_classes(classes)
+            bad = BadImages(index, skip=True)
+            shards = pack_split(bad, partial / name, args.shard_size * 2**20, not args.quiet)
+            index.close()
+            unreadable = f", {len(bad.reasons)} left out that cannot be read" if bad.reasons else ""
+            images = len(index) - len(bad.reasons)
+            print(*index.left_out, f"{name}: {images} images in {shards} shards{unreadable}", sep="\n")
+        (partial / CLASSES_FILE).write_bytes(listed)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     _store(target)
     return 0
 

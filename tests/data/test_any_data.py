@@ -422,3 +422,18 @@ def test_damaged_images(data: bytes, damage: Any, cut: float) -> None:
     assert pixels.ndim == 3
     assert pixels.shape[2] == 3
     assert pixels.dtype.name == "uint8"
+
+
+def test_what_cannot_be_packed_to_its_end_leaves_nothing(capsys: Any, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "1.jpg").write_bytes(GOOD)
+    (tmp_path / "train" / "a" / "2.jpg").symlink_to("nowhere")
+    (tmp_path / "val" / "a" / "1.jpg").symlink_to("nowhere")
+    before = set(tmp_path.iterdir())
+    assert not command(capsys, "pack", str(tmp_path), str(tmp_path / "packed"), "--quiet")
+    assert set(tmp_path.iterdir()) == before
+    (tmp_path / "val" / "a" / "2.jpg").write_bytes(GOOD)
+    assert command(capsys, "pack", str(tmp_path), str(tmp_path / "packed"), "--quiet")
+    assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == [CLASSES_FILE, "train", "val"]
+    assert not command(capsys, "pack", str(tmp_path), str(tmp_path / "packed"), "--quiet")
