@@ -188,7 +188,8 @@ def _indexes(args: argparse.Namespace, root: Path, notices: list[str]) -> tuple[
         raise UserError(f"{listed} names {left_out} bad images (--bad-images skip goes on without them)")
     if not len(train) or not len(val):
         raise UserError(f"{listed} leaves no image to train or to validate on")
-    notices.append(f"{left_out} images are left out, as {listed} says")
+    if left_out:
+        notices.append(f"{left_out} images are left out, as {listed} says")
     return train, val
 
 

@@ -272,11 +272,13 @@ def open_run(
     if args.resume is not None:
         progress, extra = checkpoints.load(args.resume, resumption.changed)
         where = f"{args.resume} in {folder}" if args.resume in ("latest", "best") else args.resume
-        notices.append(f"resumed from {where}: epoch {progress.epoch}, step {progress.step}")
+        end = f"epoch {args.epochs}" if args.max_steps is None else f"step {args.max_steps}"
+        goes_on = "" if args.test_only else f"; goes on to {end}"
+        notices.append(f"resumed from {where}: epoch {progress.epoch}, step {progress.step}{goes_on}")
         if args.start_epoch:
             notices.append(f"--start-epoch {args.start_epoch} is not taken: the checkpoint has its own epoch")
         if resumption.text:
-            notices.append(f"settings that differ from the checkpoint's: {resumption.text}")
+            notices.append(f"settings that differ between this command line and the run: {resumption.text}")
         if progress.batch and resumption.changed & {"seed", "ra_sampler", "ra_reps"}:
             notices.append(
                 "the order of images is another: in this epoch, an image may come twice or not at all"

@@ -379,15 +379,22 @@ def refuse_unrecorded(folder: Path) -> None:
 
 
 def nothing_to_resume(request: Request, parent: Path, records: list[RunRecord]) -> str:
-    """The notice of a --resume latest that begins a run; it names the run that is most like it."""
+    """The notice of a --resume latest that begins a run; it names the run that is most like it.
+
+    Raises:
+        UserError: --resume best, which only a run that was evaluated can mean.
+    """
     run = parent / request.name
-    text = f"--resume {request.resume}: nothing to resume in {run}, so this run starts fresh"
+    text = f"--resume {request.resume}: nothing to resume in {run}"
+    text += ", so this run starts fresh" if request.resume == "latest" else ""
     others = [(different(r.settings, request.settings), r.folder) for r in reversed(records) if r.saved]
     names, folder = min(others, key=lambda other: len(other[0]), default=([], None))
-    if folder is None or len(names) > 3:
-        return text
-    how = f"other {', '.join(names)}" if names else "the same settings"
-    return f"{text}; the nearest is {folder}, with {how}"
+    if folder is not None and len(names) <= 3:
+        how = f"other {', '.join(names)}" if names else "the same settings"
+        text += f"; the nearest is {folder}, with {how}"
+    if request.resume == "best":
+        raise UserError(f"{text}; give --resume RUN, or --run-name and the run's settings")
+    return text
 
 
 def different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -160,6 +160,13 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_hide_the_one_before(t
     assert opened(ask(tmp_path, resume="latest")).path.name == "net"
 
 
+def test_resume_best_without_a_run_ends_and_makes_no_folder(tmp_path):
+    folder = run(tmp_path, settings={"lr": 0.1, "T": 4}, steps=[1])
+    with pytest.raises(UserError, match=rf"nothing to resume in .*; the nearest is {folder}, with other T"):
+        open_folder(ask(tmp_path, "other", settings={"lr": 0.1, "T": 2}, resume="best"))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_fresh_start_names_the_nearest_run(tmp_path):
     run(tmp_path, "far", steps=[1], settings={"lr": 1, "tau": 3, "T": 8, "opt": "adamw"})
     run(tmp_path, "near", steps=[1], settings={"lr": 0.2})
