@@ -21,7 +21,8 @@ FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 OTHERS = """
 --array --bind --container-image --container-mounts --cpus-per-task --distribution --exclusive --full
 --gpus-per-node --kill-on-bad-exit --logdir --nnodes --nproc-per-node --ntasks --ntasks-per-node --nv
---oneliner --open-mode --rdzv-backend --rdzv-conf --rdzv-endpoint --rdzv-id --requeue --signal --wait
+--oneliner --open-mode --pty --rdzv-backend --rdzv-conf --rdzv-endpoint --rdzv-id --requeue --shm-size
+--signal --wait
 """
 
 

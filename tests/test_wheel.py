@@ -66,6 +66,7 @@ def test_the_wheel_holds_what_a_run_needs(outside):
     assert (outside.site / "scalesnn/data/sample/fashion-mnist/val").is_dir()
 
 
+@pytest.mark.long
 def test_a_training_without_the_extras(outside):
     done = outside("scalesnn", "launch", "--devices", "1", "--max-steps", "4", "--T", "1", "-b", "8")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -133,6 +133,7 @@ def test_a_signal_that_also_meets_the_batch_script_requeues_the_job(slurm, count
     assert (tmp_path / f"job{job}/at_1").read_text() == "250"
 
 
+@pytest.mark.long
 def test_a_training_that_is_signalled_resumes_and_repeats_the_unbroken_trace(slurm, few_images, tmp_path):
     """sbatch train_zero2.sbatch on two nodes; once whole, once with SIGUSR1 in the middle."""
     flags = training_flags(few_images, tmp_path / "runs")

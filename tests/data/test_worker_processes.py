@@ -74,6 +74,7 @@ list(open_data(args, batch_size=8, seed=0).train.epoch(0))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root to mount a /dev/shm")
 def test_a_tiny_shared_memory_is_said(folder: Path) -> None:
     mount = 'mount -t tmpfs -o size=64k none /dev/shm || exit 77; exec "$@"'

@@ -22,6 +22,7 @@ def start(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", USE], env=env, stdout=-1, stderr=-1, text=True)
 
 
+@pytest.mark.long
 def test_processes_that_build_at_once_and_a_build_that_died(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (cache / "build-dead").mkdir(parents=True)

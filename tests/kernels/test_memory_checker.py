@@ -41,12 +41,14 @@ def run_watched(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_kernels_stay_within_their_tensors(tmp_path: Path) -> None:
     done = run_watched(spike_conv.SOURCE, tmp_path)
     assert done.returncode == 0, done.stderr[:4000]
     assert done.stdout == "all kernels ran\n"
 
 
+@pytest.mark.long
 def test_the_checker_sees_one_row_too_many(tmp_path: Path) -> None:
     text = spike_conv.SOURCE.read_text(encoding="utf-8")
     changed = tmp_path / "changed.cpp"

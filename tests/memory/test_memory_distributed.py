@@ -15,9 +15,7 @@ ROOT = WORKER.parents[2]
 
 STRATEGIES = [
     "ddp",
-    "zero3",
-    "fsdp",
-    *(pytest.param(name, marks=pytest.mark.long) for name in ("zero1", "zero2")),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("zero1", "zero2", "zero3", "fsdp")),
 ]
 
 
@@ -55,6 +53,7 @@ def test_policies_train_the_same_net_on_two_ranks(strategy):
             assert found[policy]["gathers"] == found["none"]["gathers"], (policy, found)
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_chunks_do_not_gather_weights_again():
     policies = ["layer", "time:2"]

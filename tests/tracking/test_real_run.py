@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scalesnn.tracking.jsonl import read_jsonl
 from scalesnn.tracking.report import write_report
 from scalesnn.tracking.wandb_log import read_history, read_records
@@ -54,6 +56,7 @@ def train(folder: Path, steps: int, *more: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_wandb_file_of_a_resumed_training_holds_every_metric_of_every_step_once(tmp_path: Path) -> None:
     train(tmp_path / "runs", 3)
     train(tmp_path / "runs", 6, "--resume", "latest")

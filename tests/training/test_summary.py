@@ -79,7 +79,8 @@ def test_saved_bytes_follow_the_policy_and_many_chunks_are_not_traced():
         net = apply_policy(spiking(), policy)
         summary = summarise(net, lambda: images(6, 2))
         saved[policy] = sum(stage.saved or 0 for stage in summary.stages)
-    assert saved["block"] < saved["layer"] < saved["time:2"] < saved["none"]
+    assert saved["block"] < saved["layer"] < saved["none"]
+    assert saved["time:2"] == saved["layer"]  # bits too; what differs is the working set
     assert "time:1 cuts T into many chunks" in summary.note
     assert saved["time:1"] == 0
     assert summary.stages[1].shape == (64, 8, 8)
