@@ -321,7 +321,7 @@ def open_run(
         hours_before=tracker.last("device_hours"),
     )
     timer.watch_communication(strategy.module)
-    spikes = SpikeMonitor(strategy.module, args.spike_metrics_every, looks=strategy.is_main)
+    spikes = SpikeMonitor(strategy.module, args.spike_metrics_every)
     profiler = StepProfiler(
         args.profile if strategy.is_main else 0, folder / "profile", tracker.notice, strategy.device
     )

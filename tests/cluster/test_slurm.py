@@ -116,21 +116,22 @@ def test_a_killed_rank_ends_the_job_and_a_restart_recovers(slurm, counting, tmp_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("way", ["--full", "--batch", "B:USR1@30"])
+@pytest.mark.parametrize("way", ["--full", "--batch", "B:USR1@60"])
 def test_a_signal_that_also_meets_the_batch_script_requeues_the_job(slurm, counting, tmp_path, way):
     """Slurm signals the tasks and the batch shell, the batch shell alone, or that before the time limit."""
-    asked = [f"--signal={way}", "--time=1"] if "@" in way else []
-    job = slurm.submit("-N2", *asked, str(counting), str(tmp_path), "250", cwd=tmp_path)
+    asked = [f"--signal={way}", "--time=2"] if "@" in way else []  # a minute to start, on a busy machine too
+    steps = "900" if asked else "250"
+    job = slurm.submit("-N2", *asked, str(counting), str(tmp_path), steps, cwd=tmp_path)
     wait_until(lambda: (tmp_path / f"job{job}/at_1").exists(), 120, "running")
     if not asked:
         slurm.run("scancel", "--signal=USR1", way, job)
-    fields = slurm.wait(job, 240)
+    fields = slurm.wait(job, 500)
     log, restarts = (tmp_path / f"log-{job}").read_text(), int(fields["Restarts"])
     assert fields["JobState"] == "COMPLETED", log
     assert restarts == 1 or (asked and restarts > 1), log  # its time limit comes again
     assert log.count("ends at step") == 2 * (restarts + 1), log
     assert log.count("SIGUSR1: saved at step") == restarts, log
-    assert (tmp_path / f"job{job}/at_1").read_text() == "250"
+    assert (tmp_path / f"job{job}/at_1").read_text() == steps
 
 
 @pytest.mark.long
