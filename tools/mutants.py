@@ -1,9 +1,9 @@
 """Mutation test of the kernels' sources: ``make mutants``. Not in CI: some two hours of two cores.
 
-Each arithmetic operator, comparison, assignment operator and small index of neuron.cu and spike_conv.cpp is
-changed in turn, and the kernel tests are run on the changed source (neuron.cu on the CPU's build and on the
-GPU's); a mutant that they do not notice survives. Survivors that cannot be noticed are explained in
-tools/mutants_explained.yaml. A run that was broken off goes on where it was. Results:
+Each arithmetic operator, comparison, assignment operator and small index of neuron*.cu, neuron_cpu.cpp and
+spike_conv.cpp is changed in turn, and the kernel tests are run on the changed source (the neurons' on the
+CPU's build and on the GPU's); a mutant that they do not notice survives. Survivors that cannot be noticed are
+explained in tools/mutants_explained.yaml. A run that was broken off goes on where it was. Results:
 benchmarks/results/mutants.json.
 
     python tools/mutants.py [--every N] [--jobs J] [--only-survivors]
@@ -41,13 +41,16 @@ UNIT, SPIKES, MODELS, CONV, MEMORY = (
     KERNEL_TESTS / f"test_{name}.py"
     for name in ("unit_op", "spike_ops", "fused_models", "spike_conv", "memory_checker")
 )
-STAGES = {  # of each source: tests and their names; the first stage notices most, and is fast
-    "neuron.cu": [
-        ([UNIT], "(batch_norm_unit_and_gradients and shape0) or (equal_the_oracle and 70)"),
-        ([SPIKES, UNIT], "not opcheck and not (equal_the_oracle and 70)"),
-        ([SPIKES, MODELS], "opcheck or test_fused"),
-        ([MEMORY], "stay_within"),
-    ],
+NEURON_STAGES = [  # tests and their names; the first stage notices most, and is fast
+    ([UNIT], "(batch_norm_unit_and_gradients and shape0) or (equal_the_oracle and 70)"),
+    ([SPIKES, UNIT], "not opcheck and not (equal_the_oracle and 70)"),
+    ([SPIKES, MODELS], "opcheck or test_fused"),
+    ([MEMORY], "stay_within"),
+]
+STAGES = {
+    "neuron.cu": NEURON_STAGES,
+    "neuron_gpu.cu": NEURON_STAGES,
+    "neuron_cpu.cpp": NEURON_STAGES,
     "spike_conv.cpp": [([CONV], ""), ([MEMORY], "stay_within")],
 }
 SECONDS = 180.0  # a mutant that takes longer hangs, which is noticed
@@ -126,7 +129,7 @@ def build_quickly(code: str, path: Path, flags: tuple[str, ...]) -> None:
 
 
 def compiles(source: str) -> bool:
-    """Whether the changed source compiles; neuron.cu in both builds, with a surrogate and without."""
+    """Whether the changed source compiles; the neurons' in both builds, with a surrogate and without."""
     from gpu_on_cpu import compile_shim
     from oracle import ATAN
 
@@ -153,8 +156,8 @@ def examine(mutant: Mutant, folder: Path) -> int:
     changed = folder / mutant.source
     changed.write_text(mutant.text, encoding="utf-8")
     os.environ["SCALESNN_CACHE"] = str(folder)
-    if mutant.source == "neuron.cu":
-        os.environ["SCALESNN_KERNEL_SOURCE"] = str(changed)
+    if mutant.source != "spike_conv.cpp":
+        os.environ["SCALESNN_KERNEL_SOURCE"] = str(folder)
     else:
         spike_conv.SOURCE = changed
     silence = os.open(os.devnull, os.O_WRONLY)

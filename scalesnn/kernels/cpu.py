@@ -48,7 +48,7 @@ def library(surrogate: str | None) -> ctypes.CDLL:
     Raises:
         RuntimeError: there is no compiler, or it failed.
     """
-    code = (surrogate_macros(surrogate) if surrogate is not None else "") + source()
+    code = (surrogate_macros(surrogate) if surrogate is not None else "") + source("neuron_cpu.cpp")
     loaded = shared_library("neuron", code, FLAGS)
     for name in FUNCTIONS if surrogate is None else ("backward",):
         function = getattr(loaded, symbol(name))

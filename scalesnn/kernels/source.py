@@ -28,11 +28,18 @@ MOST_PARAMETERS = 4  # p0 … p3 of the kernel's arguments
 
 
 @cache
-def source() -> str:
-    """The kernel source: neuron.cu, or the file that SCALESNN_KERNEL_SOURCE names (the mutation test
-    does)."""
-    path = os.environ.get("SCALESNN_KERNEL_SOURCE") or Path(__file__).parent / "neuron.cu"
-    return Path(path).read_text(encoding="utf-8")
+def source(drivers: str = "") -> str:
+    """The kernel source: neuron.cu, and after it ``drivers``, 'neuron_gpu.cu' or 'neuron_cpu.cpp'.
+
+    A file in the folder that SCALESNN_KERNEL_SOURCE names goes before the package's (the mutation test has
+    one).
+    """
+    folders = [Path(__file__).parent]
+    if os.environ.get("SCALESNN_KERNEL_SOURCE"):
+        folders.insert(0, Path(os.environ["SCALESNN_KERNEL_SOURCE"]))
+    names = ("neuron.cu", drivers) if drivers else ("neuron.cu",)
+    files = [next(folder / name for folder in folders if (folder / name).exists()) for name in names]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def symbol(name: str) -> str:
@@ -109,4 +116,4 @@ def variant_source(
         "NORMALISED": int(normalised),
     }
     lines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
-    return lines + (surrogate_macros(surrogate) if surrogate is not None else "") + source()
+    return lines + (surrogate_macros(surrogate) if surrogate is not None else "") + source("neuron_gpu.cu")
