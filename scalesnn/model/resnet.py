@@ -9,19 +9,17 @@ He et al. 2016 (ResNet), Xie et al. 2017 (ResNeXt), Zagoruyko and Komodakis 2016
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
 from scalesnn import functional, layer, neuron
 from scalesnn.base import UserError
+from scalesnn.model.weights import fit_weights, torchvision_weights
 
 __all__ = [
     "ARCHITECTURES",
@@ -315,50 +313,6 @@ def load_pretrained(model: nn.Module, name: str, progress: bool = True) -> None:
     """
     import torchvision
 
-    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    try:
-        state = torch.hub.load_state_dict_from_url(
-            url, progress=progress, check_hash=True, map_location="cpu", weights_only=True
-        )
-    except (URLError, ConnectionError, TimeoutError) as error:
-        raise UserError(
-            f"cannot download the pretrained weights: put {url} into {file.parent} ({error})"
-        ) from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"the pretrained weights are damaged: delete {file} and try again") from error
-    own = model.state_dict()
-    kept = _other_ends(state, own)
-    for key in kept:
-        state.pop(key, None)
-    wrong = [key for key in state if key not in own or own[key].shape != state[key].shape]
-    neurons = [key for key in own if ".sn" in f".{key}" or "_sn" in key]
-    missing = [key for key in own if key not in {*state, *kept, *neurons}]
-    if wrong or missing:
-        raise UserError(
-            f"the pretrained weights of {name} do not fit this net at {(wrong + missing)[0]}: they are for "
-            "torchvision's net with BatchNorm"
-        )
-    model.load_state_dict(state, strict=False)
-
-
-def _other_ends(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """The keys of a classifier and a first convolution that are for other classes or channels than the
-    weights; a line in the log says so."""
-    kept: list[str] = []
-    classes, channels = len(own["fc.weight"]), own["conv1.weight"].shape[1]
-    if classes != len(state["fc.weight"]):
-        kept += ["fc.weight", "fc.bias"]
-        log.warning(
-            "pretrained weights: a new classifier for %d classes (theirs is for %d)",
-            classes,
-            len(state["fc.weight"]),
-        )
-    if channels != state["conv1.weight"].shape[1]:
-        kept.append("conv1.weight")
-        log.warning(
-            "pretrained weights: a new first convolution for %d channels (theirs is for %d)",
-            channels,
-            state["conv1.weight"].shape[1],
-        )
-    return kept
+    version = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    for notice in fit_weights(model, torchvision_weights(str(version), progress)).ends:
+        log.warning("pretrained weights: %s", notice)

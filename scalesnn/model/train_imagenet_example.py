@@ -50,14 +50,17 @@ def check_test(args: Any) -> None:
             network would not get.
     """
     check_network(args)
-    if args.test_only and not (args.resume or args.pretrained):
-        raise UserError("--test-only needs weights to test: give --resume CHECKPOINT or --pretrained")
+    begins_with = args.pretrained or args.init_from or args.resume
+    if args.test_only and not begins_with:
+        raise UserError(
+            "--test-only needs weights to test: give --resume CHECKPOINT, --init-from FILE or --pretrained"
+        )
     if args.weights is None:
         return
-    if not (args.pretrained or args.resume):
+    if not begins_with:
         raise UserError(
             f"--weights {args.weights} sets the size of test images, but training would start from random "
-            "weights: give --pretrained too, or leave --weights out"
+            "weights: give --pretrained or --init-from FILE too, or leave --weights out"
         )
     network = args.model.partition("_")[2]
     if args.pretrained and network in ARCHITECTURES:

@@ -161,6 +161,12 @@ def add_model_arguments(parser: RecipeParser) -> None:
     group.add_argument("--model", default="spiking_resnet18", metavar="NAME", help="name of the network")
     group.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     group.add_argument(
+        "--init-from",
+        default=None,
+        metavar="FILE|RUN|NAME",
+        help="start from the weights of a file, a run or checkpoint, or torchvision's of that name",
+    )
+    group.add_argument(
         "--weights",
         default=None,
         metavar="NAME",
@@ -291,6 +297,10 @@ def check_arguments(args: Any) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         problem = unusable_gpu() or "torch sees no GPU here"
         raise UserError(f"--device {args.device}: {problem}; leave the flag out or give --device cpu")
+    if args.pretrained and args.init_from is not None:
+        raise UserError(
+            f"--pretrained and --init-from {args.init_from} both name weights: leave one of them out"
+        )
     if args.start_epoch >= args.epochs:
         raise UserError(
             f"--start-epoch {args.start_epoch} leaves no epoch to train: with --epochs {args.epochs} "

@@ -27,6 +27,7 @@ from scalesnn.training.data_identity import describe_data
 from scalesnn.training.elastic import apply_global_batch
 from scalesnn.training.ema import ModelEma, adjusted_decay
 from scalesnn.training.hang_watch import HangWatch
+from scalesnn.training.init_from import initialise
 from scalesnn.training.loop import NAMES, Run
 from scalesnn.training.metrics import Averages
 from scalesnn.training.optimizers import parameter_groups
@@ -198,6 +199,7 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> t
             f"the data has {probe.shape[-3]} channels, but the network's first convolution takes "
             f"{first.in_channels}: build one that fits in load_model"
         )
+    notices = initialise(args, model, data.classes, strategy)
     time_steps = [probe.shape[0]] if probe.ndim == 5 else []
     prepared = prepare_memory(
         args,
@@ -207,6 +209,7 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> t
         strategy.world_size,
         trainer.device,
     )
+    prepared.notices[:0] = notices
     # scalesnn's convolutions are channels_last by themselves; torch's, in a net of the user's own, are not
     return model.to(memory_format=torch.channels_last), prepared
 

@@ -52,6 +52,7 @@ SHORT = {
     "sync_bn": "syncbn",
     "model_ema": "ema",
     "pretrained": "pretrained",
+    "init_from": "from-{}",
 }
 LONGEST = 44  # letters of model and settings; hash and T come after them
 MOST_BYTES = 230  # file systems allow 255; a number and a hidden name's prefix need some

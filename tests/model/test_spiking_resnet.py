@@ -256,7 +256,7 @@ class TestPretrained:
 
     def test_a_net_of_other_layers_is_refused(self, cache):
         torch.save(torchvision.models.resnet34().state_dict(), cache / "resnet18-f37072fd.pth")
-        with pytest.raises(UserError, match=r"do not fit this net at layer1\.2\.conv1\.weight"):
+        with pytest.raises(UserError, match=r"does not fit SpikingResNet: it has layer1\.2\.conv1\.weight, "):
             build("spiking_resnet18", pretrained=True, num_classes=10)
 
     def test_progress_can_be_silent(self, cache, capsys):

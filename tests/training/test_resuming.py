@@ -341,7 +341,7 @@ def test_a_name_tells_apart_what_the_user_chose(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--weights", "ResNet18_Weights.IMAGENET1K_V1"], "give --pretrained too"),
+        (["--weights", "ResNet18_Weights.IMAGENET1K_V1"], "give --pretrained or --init-from FILE too"),
         (["--weights", "ResNet50_Weights.IMAGENET1K_V2", "--pretrained"], "ResNet50_Weights.IMAGENET1K_V1"),
     ],
     ids=["alone", "others"],
