@@ -1,4 +1,4 @@
-"""The engines that run the kernel source: the CPU build, and the GPU's build behind a shim."""
+"""The engines that run the kernel source: the CPU build, the GPU's build behind a shim, and its PTX."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_on_cpu import GpuOnCpu
+from ptx_on_cpu import PtxOnCpu
 
 from scalesnn.kernels import cpu, launch
 
@@ -21,22 +22,30 @@ def shim_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shim")
 
 
-@pytest.fixture
-def gpu_on_cpu(shim_folder: Path, monkeypatch: pytest.MonkeyPatch) -> GpuOnCpu:
-    """From here on the ops run the GPU's drivers."""
-    engine = GpuOnCpu(shim_folder)
+@pytest.fixture(params=["shim", pytest.param("ptx", marks=pytest.mark.long)])
+def gpu_on_cpu(
+    request: pytest.FixtureRequest, shim_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> GpuOnCpu:
+    """From here on the ops run the GPU's drivers: the source behind the shim, or the PTX made of it."""
+    engine = (PtxOnCpu if request.param == "ptx" else GpuOnCpu)(shim_folder)
+    return use_engine(engine, monkeypatch)
+
+
+def use_engine(engine: GpuOnCpu, monkeypatch: pytest.MonkeyPatch) -> GpuOnCpu:
+    """Let the ops run on an engine."""
     monkeypatch.setattr(cpu, "call", engine.call)
     monkeypatch.setattr(launch, "slabs", engine.slabs)
     return engine
 
 
-@pytest.fixture(params=["cpu", "gpu on cpu"])
-def engine(request: pytest.FixtureRequest) -> str:
-    """Both builds of the one source."""
+@pytest.fixture(params=["cpu", "gpu on cpu", pytest.param("ptx on cpu", marks=pytest.mark.long)])
+def engine(request: pytest.FixtureRequest, shim_folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All builds of the one source."""
     if not cpu.available():
         pytest.fail("the kernels' tests need a C++ compiler")
     if request.param != "cpu":
-        request.getfixturevalue("gpu_on_cpu")
+        kind = PtxOnCpu if request.param == "ptx on cpu" else GpuOnCpu
+        use_engine(kind(shim_folder), monkeypatch)
     return str(request.param)
 
 
