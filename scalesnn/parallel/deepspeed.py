@@ -110,7 +110,16 @@ class DeepSpeedStrategy(Strategy):
         groups = [g for g in client.param_groups if g["params"]]
         self._groups = [[self._names[p] for p in group["params"]] for group in groups]
         self._shapes = {name: tuple(p.shape) for p, name in self._names.items()}
-        parameters = [{"params": g["params"], "weight_decay": g.get("weight_decay", 0.0)} for g in groups]
+        scaled = ("lr",) if getattr(self.args, "lr_scale", None) else ()
+        if scaled and self.config.get("scheduler"):
+            raise UserError(
+                f"{self.args.deepspeed_config}: its scheduler gives all parameters one rate, so --lr-scale "
+                "has no effect: leave the scheduler out of the JSON"
+            )
+        parameters = [
+            {"weight_decay": 0.0, **{k: g[k] for k in ("params", "weight_decay", *scaled) if k in g}}
+            for g in groups
+        ]
         scalars = self._broadcast_scalars()
         try:
             self.engine, *_ = deepspeed.initialize(

@@ -33,6 +33,7 @@ RENEWED: dict[str, frozenset[str]] = {
         [
             "epochs",
             "lr",
+            "lr_scale",
             "lr_scheduler",
             "lr_warmup_epochs",
             "lr_warmup_method",
@@ -250,7 +251,8 @@ def check_same_optimizer(optimizer: Any, groups: list[list[str]], plain: Mapping
     if [sorted(g) for g in groups] != [sorted(g["params"]) for g in plain["groups"]]:
         raise StateLayoutError(
             "the checkpoint's optimizer has its parameters in other groups; "
-            "give the same --norm-weight-decay as the run that wrote it"
+            "give the same --norm-weight-decay, --freeze and --lr-scale as the run that wrote it, or start "
+            "anew from its weights with --init-from"
         )
 
 

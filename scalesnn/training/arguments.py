@@ -22,6 +22,7 @@ import torchvision
 from scalesnn.base import UserError, speak_utf8
 from scalesnn.configs import find_config
 from scalesnn.parallel.devices import unusable_gpu
+from scalesnn.training.fine_tuning import check_fine_tuning
 from scalesnn.training.recipes import read_recipe, words_of
 
 __all__ = [
@@ -69,6 +70,10 @@ class RecipeParser(jsonargparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         recipes, words = split_recipes(words)
         given = self._given(words)
+        for action in self._actions:
+            times = [word for word in words if word in action.option_strings]
+            if action.nargs in ("*", "+") and len(times) > 1:  # argparse would keep the last one only
+                self.error(f"{times[0]} is given twice: give all its values after one")
         settings: dict[str, list[str]] = {}
         try:
             for recipe in recipes:
@@ -188,6 +193,20 @@ def add_optimization_arguments(parser: RecipeParser) -> None:
     group.add_argument("--epochs", default=90, type=int, metavar="N", help="number of epochs to train")
     group.add_argument("--opt", default="sgd", metavar="NAME", help=", ".join(OPTIMIZERS))
     group.add_argument("--lr", default=0.1, type=float, help="initial learning rate")
+    group.add_argument(
+        "--lr-scale",
+        default=[],
+        nargs="+",
+        metavar="PATTERN=F",
+        help="rate of the parameters whose names match, such as 'layer1.*=0.1': --lr times F",
+    )
+    group.add_argument(
+        "--freeze",
+        default=[],
+        nargs="+",
+        metavar="PATTERN",
+        help="parameters that keep their values, such as 'conv1.*' 'layer?.*'; BatchNorms keep statistics",
+    )
     group.add_argument("--momentum", default=0.9, type=float, metavar="M", help="of sgd and rmsprop")
     group.add_argument(
         "--wd",
@@ -297,6 +316,7 @@ def check_arguments(args: Any) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         problem = unusable_gpu() or "torch sees no GPU here"
         raise UserError(f"--device {args.device}: {problem}; leave the flag out or give --device cpu")
+    check_fine_tuning(args)
     if args.pretrained and args.init_from is not None:
         raise UserError(
             f"--pretrained and --init-from {args.init_from} both name weights: leave one of them out"

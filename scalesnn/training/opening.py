@@ -26,6 +26,7 @@ from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.data_identity import describe_data
 from scalesnn.training.elastic import apply_global_batch
 from scalesnn.training.ema import ModelEma, adjusted_decay
+from scalesnn.training.fine_tuning import freeze, rate_factors
 from scalesnn.training.hang_watch import HangWatch
 from scalesnn.training.init_from import initialise
 from scalesnn.training.loop import NAMES, Run
@@ -200,6 +201,8 @@ def build_model(trainer: Trainer, args: Any, data: Any, strategy: Strategy) -> t
             f"{first.in_channels}: build one that fits in load_model"
         )
     notices = initialise(args, model, data.classes, strategy)
+    freeze(model, args.freeze)
+    rate_factors(model, args.lr_scale)
     time_steps = [probe.shape[0]] if probe.ndim == 5 else []
     prepared = prepare_memory(
         args,
@@ -220,7 +223,8 @@ def build_optimizer(trainer: Trainer, args: Any, model: nn.Module) -> torch.opti
     Raises:
         UserError: the hook returned something else.
     """
-    groups = parameter_groups(model, args.weight_decay, args.norm_weight_decay)
+    rates = {name: args.lr * factor for name, factor in rate_factors(model, args.lr_scale).items()}
+    groups = parameter_groups(model, args.weight_decay, args.norm_weight_decay, rates)
     optimizer = trainer.set_optimizer(args, groups)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(

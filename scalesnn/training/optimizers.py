@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,31 +17,41 @@ __all__ = ["make_optimizer", "make_scheduler", "parameter_groups"]
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, norm_weight_decay: float | None
+    model: nn.Module,
+    weight_decay: float,
+    norm_weight_decay: float | None,
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Split the parameters so that normalisation layers can have a weight decay of their own.
+    """Split the parameters that are trained by their learning rate and weight decay.
+
+    Args:
+        norm_weight_decay: of normalisation layers; None: as of all others.
+        rates: learning rates of the parameters that do not have the optimizer's, by name.
 
     Returns:
-        one group where ``norm_weight_decay`` is None, else (normalisation layers, all others).
+        first the groups with the optimizer's rate: one where ``norm_weight_decay`` is None, else
+        (normalisation layers, all others); then those of each other rate, with ``"lr"``.
     """
-    if norm_weight_decay is None:
-        return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": weight_decay}]
     norms = (
         nn.modules.batchnorm._BatchNorm,
         nn.LayerNorm,
         nn.GroupNorm,
         nn.modules.instancenorm._InstanceNorm,
     )
-    normal: list[nn.Parameter] = []
-    other: list[nn.Parameter] = []
-    for module in model.modules():
-        chosen = normal if isinstance(module, norms) else other
-        chosen.extend(p for p in module.parameters(recurse=False) if p.requires_grad)
-    groups = [
-        {"params": normal, "weight_decay": norm_weight_decay},
-        {"params": other, "weight_decay": weight_decay},
+    decays = {True: norm_weight_decay, False: weight_decay}
+    normal = set()
+    if norm_weight_decay is not None:
+        normal = {p for m in model.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = (rates or {}).get(name, math.inf)  # of the optimizer: in front
+            groups.setdefault((-rate, parameter not in normal), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": decays[not key[1]]}
+        | ({} if key[0] == -math.inf else {"lr": -key[0]})
+        for key in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(args: Any, parameters: Iterable[Any]) -> torch.optim.Optimizer:

@@ -30,6 +30,7 @@ from scalesnn.kernels.unit import backend_name, usable
 from scalesnn.memory import Policy, apply_policy, policy_of
 from scalesnn.neuron import BaseNode
 from scalesnn.parallel.strategy import Strategy
+from scalesnn.training.fine_tuning import describe_fine_tuning
 from scalesnn.training.numerics import numerics_of
 from scalesnn.training.random_state import random_state, restore_random_state
 
@@ -338,5 +339,6 @@ def describe(args: Any, data: Any, net: nn.Module, strategy: Strategy) -> dict[s
         "loader": f"{loader}{many}, {len(data.classes)} classes",
         "strategy": f"{strategy.name}{sharding}",
         "devices": f"{strategy.world_size} × {name}{where}",
+        **describe_fine_tuning(args, net),
         **numerics_of(args, device, strategy.amp_dtype),
     }

@@ -162,6 +162,24 @@ def train_once(root: Path) -> dict[str, Any]:
             "steps": 15,
         }
         two[f"{name} stop"] = {"flags": STRATEGIES[name], "poison": 2, "steps": 6}
+    tuned = {
+        "init_from": folder("zero3/step_00000010"),
+        "freeze": ["conv.*", "bn.*", "layer1.0.*"],
+        "lr_scale": ["layer1.1.*=0.1"],
+        "steps": 6,
+    }
+    for name, flags in STRATEGIES.items():
+        two[f"{name} tuned"] = {**tuned, "flags": flags, "folder": folder(f"{name} tuned"), "save": [6]}
+    for source, target in (("ddp", "zero2"), ("zero3", "fsdp")):
+        two[f"tuned {source} → {target}"] = {
+            **tuned,
+            "flags": STRATEGIES[target],
+            "resume": folder(f"{source} tuned/step_00000006"),
+            "folder": folder(f"tuned {source} → {target}"),
+            "lr_scale": ["layer1.1.*=0.5"],
+            "changed": ["lr_scale"],
+            "steps": 8,
+        }
     own = json.loads((CONFIGS / "zero2.json").read_text())
     own["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}
     (root / "own.json").write_text(json.dumps(own))
@@ -179,6 +197,9 @@ def train_once(root: Path) -> dict[str, Any]:
         "resume": folder("scheduled/step_00000002"),
         "folder": folder("scheduled again"),
     }
+    with_own = {"lr": 0.01, "deepspeed_config": str(root / "own.json")}
+    two["zero2 own adamw tuned"] = {**tuned, "flags": with_own, "steps": 2}
+    two["zero2 scheduled tuned"] = {**tuned, "flags": scheduled["flags"], "steps": 2}
     for source, target in permutations(RESUMED, 2):
         two[f"{source} → {target}"] = {
             "flags": STRATEGIES[target],

@@ -25,6 +25,9 @@ from scalesnn.parallel.state import plain_options
 from scalesnn.parallel.topology import free_port
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.ema import ModelEma
+from scalesnn.training.fine_tuning import freeze, rate_factors
+from scalesnn.training.init_from import initialise, locate, open_weights
+from scalesnn.training.optimizers import parameter_groups
 
 CLASSES, IMAGES, STEPS = 5, 12, 20
 DEFAULTS: dict[str, Any] = {
@@ -135,6 +138,13 @@ def make_optimizer(args: Any, net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
 
 
+def fine_tuned(args: Any, net: nn.Module) -> torch.optim.Optimizer:
+    """SGD with the rates of --lr-scale."""
+    rates = {name: args.lr * factor for name, factor in rate_factors(net, args.lr_scale).items()}
+    groups = parameter_groups(net, args.weight_decay, None, rates)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
+
+
 def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     """Train ``steps`` steps as the cell says; returns the loss trace and more."""
     dtype = getattr(torch, cell.get("dtype", "float32"))
@@ -144,11 +154,17 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     strategy.setup_device("cpu")
     torch.manual_seed(cell.get("seed", 1))
     net = Net(cell.get("norm", "batch")).to(dtype)
+    if "init_from" in cell:
+        args.init_from, args.resume, args.output_dir, args.test_only = cell["init_from"], None, None, False
+        initialise(args, net, [], strategy)
+    freeze(net, cell.get("freeze", []))
+    args.lr_scale = cell.get("lr_scale", [])
     strategy.prepare(
         net,
-        lambda m: make_optimizer(args, m),
+        lambda m: fine_tuned(args, m) if "init_from" in cell else make_optimizer(args, m),
         lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=5),
     )
+    begins_with = digest(strategy.full_model_state())
     formats = watch_formats(net)
     ema = ModelEma(strategy, 0.8, steps=2) if cell.get("ema", True) else None
     folder = Path(cell["folder"]) if "folder" in cell else Path("unused")
@@ -215,6 +231,9 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
     found["options"] = [plain_options(group) for group in strategy.optimizer.param_groups]
     state = strategy.full_model_state()
     found["weights"] = digest(state)
+    if "init_from" in cell:
+        found["begins_with"] = begins_with
+        found["given"] = digest(open_weights(locate(cell["init_from"]) or "").tensors)
     if ema is not None:
         with ema.applied():
             state = strategy.full_model_state()
