@@ -1,4 +1,4 @@
-"""``scalesnn plan | doctor | export | report | data | launch``: what one does beside training."""
+"""``scalesnn plan | doctor | evaluate | energy | export | report | …``: what one does beside training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ def command_adders() -> Iterator[Callable[[Any], None]]:
     """The functions that add a command each; imported here, so that ``import scalesnn.cli`` is light."""
     from scalesnn.data.commands import add_data_command
     from scalesnn.doctor import add_doctor_command
+    from scalesnn.evaluation.commands import (
+        add_energy_command,
+        add_evaluate_command,
+        add_predict_command,
+    )
+    from scalesnn.exchange.export_command import add_export_command
     from scalesnn.launch_command import add_launch_command
     from scalesnn.memory.plan_command import add_plan_command
     from scalesnn.tracking.report import add_report_command
-    from scalesnn.training.export import add_export_command
 
     yield add_data_command
     yield add_doctor_command
+    yield add_energy_command
+    yield add_evaluate_command
+    yield add_predict_command
     yield add_export_command
     yield add_launch_command
     yield add_plan_command

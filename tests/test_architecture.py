@@ -87,6 +87,8 @@ def offences(name: str, imported: str) -> str | None:
         ("scalesnn.kernels.ops", "scalesnn.surrogate"),
         ("scalesnn.model.resnet", "scalesnn.model.train_classify"),
         ("scalesnn.training.loop", "scalesnn.cli"),
+        ("scalesnn.training.loop", "scalesnn.evaluation.trainer"),
+        ("scalesnn.tracking.energy", "scalesnn.exchange.nir_graph"),
         ("scalesnn.cli", "launch.train"),
     ],
 )

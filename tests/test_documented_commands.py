@@ -19,7 +19,12 @@ from scalesnn.training.hook_checks import check_hooks
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = ("scalesnn data imagenet",)  # what needs files that nobody has here; it has tests of its own
-SLOW = ("scalesnn plan --model spiking_resnet50", "scalesnn doctor")
+SLOW = (
+    "scalesnn plan --model spiking_resnet50",
+    "scalesnn doctor",
+    "scalesnn export --format onnx",
+    "scalesnn export RUN -o net.pt2",
+)
 
 
 def printed_lines() -> list[str]:

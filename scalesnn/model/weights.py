@@ -101,7 +101,7 @@ def _read_safetensors(path: Path) -> Weights:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
     except SafetensorError as error:
         raise UserError(f"{path}: damaged, or no safetensors file ({error})") from None
-    return _of_content(tensors, path, said.get("classes"))
+    return _of_content(tensors, path, said)
 
 
 def _read_torch(path: Path) -> Weights:
@@ -124,11 +124,11 @@ def _read_torch(path: Path) -> Weights:
                 "state_dict()"
             ) from None
         raise UserError(f"{path}: damaged, or no file of weights") from None
-    return _of_content(content, path, getattr(content, "_metadata", {}).get("classes"))
+    return _of_content(content, path, getattr(content, "_metadata", {}))
 
 
-def _of_content(content: Any, path: Path, classes: Any) -> Weights:
-    """Unwrap what a file holds."""
+def _of_content(content: Any, path: Path, said: Mapping[str, Any]) -> Weights:
+    """Unwrap what a file holds; ``said`` is what ``scalesnn export`` wrote of it, if that made the file."""
     settings: Any = content.get("args") if isinstance(content, Mapping) else None
     notices = []
     while isinstance(content, Mapping):
@@ -143,8 +143,17 @@ def _of_content(content: Any, path: Path, classes: Any) -> Weights:
         tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no weights: expected a state dict, plain or in {', '.join(WRAPPERS)}")
-    settings = vars(settings) if isinstance(settings, argparse.Namespace) else {}
-    return Weights(tensors, str(path), json.loads(classes) if classes else [], settings, notices)
+    settings = vars(settings) if isinstance(settings, argparse.Namespace) else _json(said, "settings", {})
+    return Weights(tensors, str(path), _json(said, "classes", []), settings, notices)
+
+
+def _json(said: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A value that ``scalesnn export`` wrote as JSON; ``default`` where there is none of that type."""
+    try:
+        value = json.loads(said.get(key) or "null")
+    except (TypeError, ValueError):
+        return default
+    return value if isinstance(value, type(default)) else default
 
 
 def torchvision_weights(name: str, progress: bool = True) -> Weights:

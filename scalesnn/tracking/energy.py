@@ -19,21 +19,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["PJ_PER_AC", "PJ_PER_MAC", "SynapseCounter", "fan_out"]
+__all__ = ["PJ_PER_AC", "PJ_PER_MAC", "LayerWork", "SynapseCounter", "fan_out"]
 
 PJ_PER_AC = 0.9
 PJ_PER_MAC = 4.6
 
 
 @dataclass
-class _Synapses:
-    """What one weight layer did in the measured forward passes."""
+class LayerWork:
+    """What one weight layer did in the measured forward passes.
+
+    Attributes:
+        spiking: it was fed with spikes or sums of spikes.
+        non_negative: nothing below 0 came in at the first look.
+        operations: additions for arriving spikes, exactly: a number on the device.
+        macs: multiply-accumulates of all time-steps; those of a repeated image once.
+        ann_macs: those of the ANN, which has no time-steps.
+        images, steps: how many images, and time-steps of each.
+        arrived_T: sum of the inputs at each time-step.
+        inputs: number of input values at each time-step.
+    """
 
     spiking: bool
-    operations: Tensor  # additions for arriving spikes: a number on the device
-    macs: float = 0.0  # of all time-steps
-    ann_macs: float = 0.0  # of the ANN, which has no time-steps
+    non_negative: bool
+    operations: Tensor
+    arrived_T: Tensor
+    macs: float = 0.0
+    ann_macs: float = 0.0
     images: int = 0
+    steps: int = 0
+    inputs: float = 0.0
 
 
 @dataclass
@@ -41,8 +56,10 @@ class _Pass:
     """What one weight layer did in the forward pass that is going on, perhaps in several chunks of time."""
 
     macs: float = 0.0
-    steps: int = 0
+    steps: int = 0  # that were computed
     images: int = 0
+    time_steps: int = 0
+    inputs: float = 0.0
 
 
 class SynapseCounter:
@@ -59,9 +76,9 @@ class SynapseCounter:
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         }
-        self._is_spiking: dict[str, bool] = {}
+        self._fed: dict[str, tuple[bool, bool]] = {}
         self._fan_out: dict[tuple[str, torch.Size], Tensor] = {}
-        self._layers: dict[str, _Synapses] = {}
+        self._layers: dict[str, LayerWork] = {}
         self._pass: dict[str, _Pass] = {}
         self.macs_per_image = 0.0
 
@@ -86,10 +103,17 @@ class SynapseCounter:
                 layer.macs += done.macs
                 layer.ann_macs += done.macs / done.steps
                 layer.images += done.images
+                layer.steps = done.time_steps
+                layer.inputs += done.inputs / done.steps
+
+    def layers(self) -> dict[str, LayerWork]:
+        """What was counted since the last call, by the layer's path, in the order of the first pass."""
+        layers, self._layers = self._layers, {}
+        return layers
 
     def read(self) -> dict[str, float]:
         """Operations and energy per image of what was counted since the last call; empty if nothing was."""
-        layers, self._layers = self._layers, {}
+        layers = self.layers()
         if not layers:
             return {}
         operations = macs = ann_macs = total = 0.0
@@ -119,26 +143,39 @@ class SynapseCounter:
         """
         leading = y.shape[:-3] if isinstance(module, nn.Conv2d) else y.shape[:-1]
         steps, images = (leading[0], leading[1]) if len(leading) == 2 else (1, leading.numel())
+        repeats = 1
         if steps > 1 and y.stride(0) == 0:  # a repeated image is computed once
-            x, y, steps = x[:1], y[:1], 1
+            x, y, steps, repeats = x[:1], y[:1], 1, steps
         done = self._pass.setdefault(name, _Pass(images=images))
+        begin = done.time_steps
         done.steps += steps
+        done.time_steps += steps * repeats
+        done.inputs += x.numel()
         done.macs += y.numel() * _inputs_per_output(module)
-        spiking = self._fed_with_spikes(name, x)
+        spiking, non_negative = self._fed_with(name, x)
         if name not in self._layers:
-            self._layers[name] = _Synapses(spiking, torch.zeros((), dtype=torch.float64, device=x.device))
+            nothing = torch.zeros((), dtype=torch.float64, device=x.device)
+            self._layers[name] = LayerWork(spiking, non_negative, nothing, nothing.new_zeros(0))
+        layer = self._layers[name]
+        if len(layer.arrived_T) < done.time_steps:
+            longer = layer.arrived_T.new_zeros(done.time_steps)
+            longer[: len(layer.arrived_T)] = layer.arrived_T
+            layer.arrived_T = longer
+        arrived = x.reshape(steps, -1).sum(1, dtype=torch.float64)
+        layer.arrived_T[begin : done.time_steps] += arrived.repeat(repeats)
         if spiking:
-            self._layers[name].operations += self._operations(name, module, x, y)
+            layer.operations += self._operations(name, module, x, y)
 
-    def _fed_with_spikes(self, name: str, x: Tensor) -> bool:
-        """Whether the layer's inputs are spikes or sums of spikes; looked at once, on the first input that
-        is not 0.
+    def _fed_with(self, name: str, x: Tensor) -> tuple[bool, bool]:
+        """Whether the layer's inputs are spikes or sums of spikes, and whether they are 0 or more; looked at
+        once, on the first input that is not 0.
         """
-        if name not in self._is_spiking:
+        if name not in self._fed:
             if not x.any():
-                return True
-            self._is_spiking[name] = bool(((x == x.round()) & (x >= 0)).all())
-        return self._is_spiking[name]
+                return True, True
+            positive = bool((x >= 0).all())
+            self._fed[name] = positive and bool((x == x.round()).all()), positive
+        return self._fed[name]
 
     def _operations(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if isinstance(module, nn.Linear):

@@ -1,14 +1,11 @@
-"""``scalesnn export``: one file of whole weights, under torchvision's keys, from a checkpoint of any
-strategy."""
+"""One file of whole weights, under torchvision's keys, from a checkpoint of any strategy."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,36 +16,14 @@ from scalesnn.base import UserError
 from scalesnn.training.checkpoint import find_checkpoints
 from scalesnn.training.checkpoint_index import DTYPES, DamagedCheckpointError, Index
 
-__all__ = ["add_export_command", "export", "read_weights"]
-
-
-def add_export_command(subparsers: Any) -> None:
-    """Define ``scalesnn export``."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "export", help="write a checkpoint's weights to one file", description=__doc__
-    )
-    parser.add_argument("checkpoint", help="a checkpoint, or a run's folder (its newest checkpoint is taken)")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="where to write")
-    parser.add_argument(
-        "--format", default=None, choices=("safetensors", "pt"), help="default: by FILE's name"
-    )
-    parser.add_argument("--ema", action="store_true", help="the averaged weights (of a run with --model-ema)")
-    parser.set_defaults(run=run_export)
-
-
-def run_export(args: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
-    path, count = export(args.checkpoint, args.output, kind=args.format, ema=args.ema)
-    size = Path(args.output).stat().st_size
-    print(f"{args.output}: {count} tensors, {size / 1e6:.1f} MB, from {path}")
-    return 0
+__all__ = ["export", "read_weights"]
 
 
 def export(
     checkpoint: Path | str, output: Path | str, *, kind: str | None = None, ema: bool = False
 ) -> tuple[Path, int]:
-    """Write whole weights to one file, and the class names with them: as JSON in the safetensors metadata
-    "classes", or in a .pt file's ``_metadata["classes"]``.
+    """Write whole weights to one file, and with them the class names and the settings of the training: as
+    JSON in the safetensors metadata "classes" and "settings", or in a .pt file's ``_metadata``.
 
     Args:
         checkpoint: a checkpoint's folder, a run's, or a pointer file.
@@ -68,16 +43,20 @@ def export(
         kind = "pt" if output.suffix in (".pt", ".pth") else "safetensors"
     folder = find_checkpoints(Path(checkpoint))[0]
     weights = read_weights(folder, ema=ema)
-    classes = json.dumps((Index.read(folder).plain.get("data") or {}).get("classes", []))
+    plain = Index.read(folder).plain
+    about = {
+        "classes": json.dumps((plain.get("data") or {}).get("classes", [])),
+        "settings": json.dumps((plain.get("extra") or {}).get("settings") or {}),
+    }
     beside = output.with_name(f".{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if kind == "pt":
             state = OrderedDict(weights)
-            setattr(state, "_metadata", {"": {"version": 1}, "classes": classes})  # noqa: B010  # as torch's
+            setattr(state, "_metadata", {"": {"version": 1}, **about})  # noqa: B010  # as torch's
             torch.save(state, beside)
         else:
-            save_file(weights, beside, metadata={"format": "pt", "classes": classes})
+            save_file(weights, beside, metadata={"format": "pt", **about})
         os.replace(beside, output)
     except (OSError, RuntimeError) as error:
         beside.unlink(missing_ok=True)
