@@ -4,9 +4,10 @@
 
 spiking_resnet18 on the shipped sample's sizes (28 × 28, T = 4, 32 images), all cores, beside ``--busy``
 processes that compute without end. Contenders, in turn, each in a process of its own: libgomp as it comes
-(threads spin at the end of a parallel region), OMP_WAIT_POLICY=passive (they sleep), GOMP_SPINCOUNT=10000
-(they spin for some tens of microseconds), and one thread. Writes benchmarks/results/shared_machine.json:
-wall-clock and CPU seconds of every step, and medians of the ratios of a round to libgomp as it comes.
+(threads spin at the end of a parallel region), OMP_WAIT_POLICY=passive (they sleep), what
+``scalesnn.threads`` chooses at the start of a training, and one thread. Writes
+benchmarks/results/shared_machine.json: wall-clock and CPU seconds of every step, and medians of the ratios of
+a round to libgomp as it comes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import time
 
 from common import machine, make_ours, save, static_images, training_step
 
+from scalesnn.threads import choose_wait_policy
+
 SETTINGS: dict[str, dict[str, str]] = {
     "as it comes": {},
     "passive": {"OMP_WAIT_POLICY": "passive"},
-    "short spin": {"GOMP_SPINCOUNT": "10000"},
+    "chosen": {},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 CLEAN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
@@ -51,11 +54,11 @@ def compare(busy: int, rounds: int, steps: int) -> dict[str, dict[str, object]]:
     try:
         for _ in range(rounds):
             for name, settings in SETTINGS.items():
-                plain = {key: value for key, value in os.environ.items() if key not in CLEAN}
+                environ = {key: value for key, value in os.environ.items() if key not in CLEAN} | settings
+                if name == "chosen":
+                    choose_wait_policy(environ)
                 command = [sys.executable, __file__, "--only", "--steps", str(steps)]
-                done = subprocess.run(
-                    command, env=plain | settings, capture_output=True, text=True, check=True
-                )
+                done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
     finally:
         for process in others:

@@ -15,9 +15,9 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # "save and requeue"
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from scalesnn.threads import let_threads_sleep  # noqa: E402
+from scalesnn.threads import choose_wait_policy  # noqa: E402
 
-let_threads_sleep()  # before torch is imported
+choose_wait_policy()  # before torch is imported
 
 from scalesnn.model.train_imagenet_example import SResNetTrainer  # noqa: E402
 

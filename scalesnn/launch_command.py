@@ -22,7 +22,7 @@ from typing import Any
 
 import scalesnn
 from scalesnn.base import UserError
-from scalesnn.threads import let_threads_sleep
+from scalesnn.threads import choose_wait_policy
 
 __all__ = ["Launch", "add_launch_command", "plan_launch", "read_hostfile"]
 
@@ -70,7 +70,8 @@ class Launch:
             self.script_path.parent.mkdir(parents=True, exist_ok=True)
             self.script_path.write_text(self.script, encoding="utf-8")
         environ = dict(os.environ)
-        let_threads_sleep(environ)
+        if self.script is None:  # else it runs on other machines
+            choose_wait_policy(environ)
         if self.path:
             environ["PATH"] = f"{self.path}:{environ.get('PATH', '')}"
         try:

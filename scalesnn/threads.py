@@ -1,20 +1,43 @@
-"""How OpenMP's threads wait for work; to be set before torch, which loads OpenMP, is imported."""
+"""How OpenMP's threads wait for work; to be chosen before torch, which loads OpenMP, is imported."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 
-__all__ = ["let_threads_sleep"]
+import psutil
+
+__all__ = ["choose_wait_policy"]
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SAMPLE_S = 0.2
 
 
-def let_threads_sleep(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Have threads without work sleep at once (OMP_WAIT_POLICY=passive).
+def idle_cores() -> float:
+    """How many of the cores that this process may use were idle during the last ``SAMPLE_S`` seconds."""
+    busy = psutil.cpu_percent(interval=SAMPLE_S, percpu=True)  # of all cores, in per cent
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
+    return sum(1 - busy[core] / 100 for core in own if core < len(busy))
 
-    By default libgomp's threads spin after every small parallel region, and take the cores from data loaders
-    and from other people's processes. Nothing is changed where the user has set how threads wait.
+
+def choose_wait_policy(
+    environ: MutableMapping[str, str] = os.environ, idle: Callable[[], float] = idle_cores
+) -> None:
+    """Set OMP_WAIT_POLICY=passive where there are more OpenMP threads than idle cores.
+
+    By default libgomp's threads spin at the end of every parallel region. On a quiet machine that is the
+    fastest; beside other processes they take the cores from those and from each other
+    (benchmarks/shared_machine.py measures both). Nothing is changed where the user has set how threads wait.
+
+    Args:
+        environ: what OpenMP will read; OMP_NUM_THREADS and LOCAL_WORLD_SIZE tell the number of threads.
+        idle: measures the number of idle cores.
     """
-    if not any(name in environ for name in SETTINGS):
+    if any(name in environ for name in SETTINGS):
+        return
+    first = environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    ranks = environ.get("LOCAL_WORLD_SIZE", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = int(first) if first.isdecimal() else cores // max(1, int(ranks) if ranks.isdecimal() else 1)
+    if threads > 1 and threads > idle() + 0.5:
         environ["OMP_WAIT_POLICY"] = "passive"

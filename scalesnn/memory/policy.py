@@ -149,13 +149,20 @@ def _take_off(model: nn.Module) -> None:
             module.truncate = 0
 
 
-@torch.compiler.disable
 def _run(
     net: nn.Module, plain: Callable[..., Any], policy: Policy, streaming: Streaming, *args: Any, **kwargs: Any
 ) -> Any:
-    """The net's own forward, under the policy where autograd records."""
+    """The net's own forward, under the policy where autograd records; never inside a compiled graph."""
     if not torch.is_grad_enabled():
         return plain(*args, **kwargs)
+    # as a decorator it would load torch's compiler, which takes two seconds, in every run
+    run = torch.compiler.disable(_run_recorded) if torch.compiler.is_compiling() else _run_recorded
+    return run(net, plain, policy, streaming, *args, **kwargs)
+
+
+def _run_recorded(
+    net: nn.Module, plain: Callable[..., Any], policy: Policy, streaming: Streaming, *args: Any, **kwargs: Any
+) -> Any:
     x_seq: Any = args[0] if args else None
     if policy.steps and (not isinstance(x_seq, Tensor) or x_seq.dim() < 3 or len(args) > 1 or kwargs):
         raise UserError(f"{policy} cuts time, but the net was not given one sequence [T, N, …]")

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from scalesnn import functional, neuron, surrogate
@@ -64,6 +63,8 @@ def check_test(args: Any) -> None:
         )
     network = args.model.partition("_")[2]
     if args.pretrained and network in ARCHITECTURES:
+        import torchvision  # late: it takes two seconds
+
         loaded = torchvision.models.get_model_weights(network)["IMAGENET1K_V1"]
         if torchvision.models.get_weight(args.weights) is not loaded:
             raise UserError(

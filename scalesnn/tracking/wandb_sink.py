@@ -159,14 +159,13 @@ class WandbSink:
 
     def _work(self) -> None:
         try:
+            what, data = self._queue.get()  # wandb takes a second to load: the first step goes before it
             self._run = self._start()
             self._send_history()
-            while True:
-                what, data = self._queue.get()
-                if what == "close":
-                    self._finish(data)
-                    return
+            while what != "close":
                 getattr(self, f"_{what}")(data)
+                what, data = self._queue.get()
+            self._finish(data)
         except Exception as error:
             self._error = error
             if isinstance(error, ConnectionError) or type(error).__name__ in _SERVICE_IS_GONE:

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import jsonargparse
 import torch
-import torchvision
 
 from scalesnn.base import UserError, speak_utf8
 from scalesnn.configs import find_config
@@ -336,6 +335,8 @@ def check_weights(args: Any) -> None:
     """
     if args.weights is None:
         return
+    import torchvision  # late: it takes two seconds, and a start with DALI needs none of it
+
     try:
         preset = torchvision.models.get_weight(args.weights).transforms()
     except (ValueError, KeyError, AttributeError):

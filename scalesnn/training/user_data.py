@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, default_collate
-from torchvision.transforms import v2
-from torchvision.tv_tensors import Video
 
 from scalesnn.base import UserError
 from scalesnn.data import default_workers
@@ -240,12 +238,17 @@ class Collate:
 
     def __init__(self, classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         self.classes = classes
+        self.mix = None
+        if not (mixup > 0 or cutmix > 0):
+            return
+        from torchvision.transforms import v2  # late: it takes two seconds
+
         choices: list[Any] = []
         if mixup > 0:
             choices.append(v2.MixUp(alpha=mixup, num_classes=classes))
         if cutmix > 0:
             choices.append(v2.CutMix(alpha=cutmix, num_classes=classes))
-        self.mix = v2.RandomChoice(choices) if choices else None
+        self.mix = v2.RandomChoice(choices)
 
     def __call__(self, samples: list[Any]) -> Any:
         """(images [n, C, H, W] or [n, T, C, H, W], targets [n] or [n, classes]); or a line that says why
@@ -269,6 +272,8 @@ class Collate:
         if self.mix is None:
             return images, targets
         if images.ndim == 5:  # [n, T, C, H, W]: alike at every time-step
+            from torchvision.tv_tensors import Video
+
             images, targets = self.mix(Video(images), targets)
             return images.as_subclass(Tensor), targets
         return self.mix(images, targets)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def train(folder, *words, events=(), trainer=Small, **variables):
             code = 0
         except SystemExit as stop:
             code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
