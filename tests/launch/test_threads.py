@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait: beside busy processes and without, asked of libgomp itself in the product's entries."""
+"""How OpenMP's threads wait beside busy processes, asked of libgomp itself in the product's entries."""
 
 import os
 import subprocess
