@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from scalesnn.cli import command_parser
+from scalesnn.evaluation import energy, evaluate, predict
 from scalesnn.model.train_imagenet_example import SResNetTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,9 +46,20 @@ def commands_below(parser: argparse.ArgumentParser, words: tuple[str, ...] = ())
     return found
 
 
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The training's, the command's, and those of commands that take a training's flags too."""
+    return {
+        "the training": SResNetTrainer().get_args_parser(),
+        "scalesnn": command_parser(),
+        "evaluate": evaluate.Evaluate().get_args_parser(),
+        "energy": energy.Energy().get_args_parser(),
+        "predict": predict.parser_of_command(),
+    }
+
+
 @pytest.fixture(scope="module")
 def flags():
-    known = own_flags(SResNetTrainer().get_args_parser()) | own_flags(command_parser()) | set(OTHERS.split())
+    known = set(OTHERS.split()).union(*map(own_flags, parsers().values()))
     for script in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("configs/*.py")]:
         known |= set(re.findall(r"add(?:_argument)?\(\s*\"(--[\w-]+)\"", script.read_text()))
     return known
@@ -73,8 +85,7 @@ def texts() -> dict[str, str]:
     found = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
     found |= {str(path.relative_to(ROOT)): docstrings(path) for path in MODULES}
     found |= {str(path.relative_to(ROOT)): path.read_text() for path in SCRIPTS if path.is_file()}
-    found["help of the training"] = "\n".join(help_texts(SResNetTrainer().get_args_parser()))
-    found["help of scalesnn"] = "\n".join(help_texts(command_parser()))
+    found |= {f"help of {name}": "\n".join(help_texts(parser)) for name, parser in parsers().items()}
     return {place: text for place, text in found.items() if text.strip()}
 
 
