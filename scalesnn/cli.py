@@ -1,4 +1,4 @@
-"""``scalesnn plan | doctor | evaluate | energy | export | report | …``: what one does beside training."""
+"""``scalesnn plan | doctor | import | evaluate | energy | export | …``: what one does beside training."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def command_adders() -> Iterator[Callable[[Any], None]]:
         add_predict_command,
     )
     from scalesnn.exchange.export_command import add_export_command
+    from scalesnn.import_command import add_import_command
     from scalesnn.launch_command import add_launch_command
     from scalesnn.memory.plan_command import add_plan_command
     from scalesnn.tracking.report import add_report_command
@@ -32,6 +33,7 @@ def command_adders() -> Iterator[Callable[[Any], None]]:
     yield add_evaluate_command
     yield add_predict_command
     yield add_export_command
+    yield add_import_command
     yield add_launch_command
     yield add_plan_command
     yield add_report_command

@@ -13,6 +13,7 @@ import torch
 from small_runs import ROOT, SMALL, make_images
 
 from scalesnn.cli import main
+from scalesnn.model.sew_resnet import sew_resnet18
 from scalesnn.model.train_imagenet_example import SResNetTrainer
 from scalesnn.training.arguments import check_arguments
 from scalesnn.training.hook_checks import check_hooks
@@ -70,6 +71,7 @@ def place(tmp_path_factory):
     os.environ.update(before)
     for name in ("RUN", "runs/RUN", "runs/RUN1", "runs/RUN2"):
         (folder / name).symlink_to(folder / "runs/NAME")
+    torch.save({"model": sew_resnet18(num_classes=4).state_dict()}, folder / "published.pth")
     (folder / "hosts").write_text("gpu01 slots=8\ngpu02 slots=8\n")
     return folder
 

@@ -37,6 +37,7 @@ log = logging.getLogger("scalesnn.model")
 
 MakeNeuron = Callable[[], nn.Module]
 MakeNorm = Callable[[int], nn.Module]
+STEM_POOLS: dict[str, Callable[..., nn.Module]] = {"max": layer.MaxPool2d, "avg": layer.AvgPool2d}
 
 
 def conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> layer.Conv2d:
@@ -191,6 +192,7 @@ class ResNet(nn.Module):
         spiking_neuron: a neuron class (IFNode where None); ``neuron_kwargs`` are its arguments. A
             ``step_mode`` among them is set for the whole net.
         in_channels: channels of the images.
+        stem_pool: the pooling after the first neuron, ``'max'`` or ``'avg'`` (as in the PSN authors' nets).
         block_options: further arguments of ``block``.
 
     Input [T, N, C, H, W] in step mode 'm', [N, C, H, W] in 's'; output [T, N, K] or [N, K].
@@ -208,6 +210,7 @@ class ResNet(nn.Module):
         norm_layer: MakeNorm | None = None,
         spiking_neuron: Callable[..., nn.Module] | None = None,
         in_channels: int = 3,
+        stem_pool: str = "max",
         block_options: Mapping[str, Any] | None = None,
         **neuron_kwargs: Any,
     ) -> None:
@@ -245,7 +248,9 @@ class ResNet(nn.Module):
         self.conv1 = layer.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(64)
         self.sn1 = make_neuron()
-        self.maxpool = layer.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        if stem_pool not in STEM_POOLS:
+            raise UserError(f"stem_pool must be one of {', '.join(STEM_POOLS)}, got {stem_pool!r}")
+        self.maxpool = STEM_POOLS[stem_pool](kernel_size=3, stride=2, padding=1)
         self.layer1 = stage(64, layers[0], 1, False)
         self.layer2 = stage(128, layers[1], 2, dilate[0])
         self.layer3 = stage(256, layers[2], 2, dilate[1])

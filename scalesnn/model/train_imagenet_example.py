@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scalesnn import functional, neuron, surrogate
 from scalesnn.base import UserError
 from scalesnn.model import ms_resnet, sew_resnet, spiking_resnet
-from scalesnn.model.resnet import ARCHITECTURES
+from scalesnn.model.resnet import ARCHITECTURES, STEM_POOLS
 from scalesnn.model.train_classify import Trainer
 from scalesnn.training.arguments import RecipeParser
 from scalesnn.training.hook_checks import check_name, refuses
@@ -35,8 +35,13 @@ def check_network(args: Any) -> None:
         UserError: no such network, neuron or surrogate, or --cnf for a network that has none.
     """
     check_name("--model", args.model, list(model_makers()))
-    check_name("--neuron", args.neuron, list(NEURONS))
+    if args.neuron is not None:
+        check_name("--neuron", args.neuron, list(NEURONS))
     check_name("--surrogate", args.surrogate, list(surrogates()))
+    check_name("--stem-pool", args.stem_pool, list(STEM_POOLS))
+    others = {"--stem-pool": args.stem_pool != "max", "--zero-init-residual": args.zero_init_residual}
+    for flag in (flag for flag, given in others.items() if given and args.model.startswith("ms_")):
+        raise UserError(f"{flag} is for spiking and SEW nets, but --model is {args.model}: leave it out")
     if "cnf" in args.explicit and not args.model.startswith("sew_"):
         raise UserError(f"--cnf is for SEW-ResNets, but --model is {args.model}: leave it out")
 
@@ -88,10 +93,21 @@ class SResNetTrainer(Trainer):
             help="channels of the images or frames (default: the data's)",
         )
         group.add_argument("--cupy", action="store_true", help="insist on the CuPy kernels (needs a GPU)")
-        group.add_argument("--neuron", default="IF", metavar="NAME", help=", ".join(NEURONS))
+        group.add_argument(
+            "--neuron",
+            default=None,
+            metavar="NAME",
+            help=f"{', '.join(NEURONS)} (default: IF; of MS-ResNets their paper's LIF)",
+        )
         group.add_argument("--tau", type=float, default=2.0, help="time constant of LIF, initial one of PLIF")
         group.add_argument("--surrogate", default="ATan", metavar="NAME", help="class of scalesnn.surrogate")
         group.add_argument("--cnf", default="ADD", metavar="NAME", help="SEW-ResNet: ADD, AND or IAND")
+        group.add_argument(
+            "--stem-pool", default="max", metavar="NAME", help="max, or avg as in the PSN authors' nets"
+        )
+        group.add_argument(
+            "--zero-init-residual", action="store_true", help="begin with residual branches that add nothing"
+        )
         return parser
 
     def get_tb_logdir_name(self, args: Any) -> str:
@@ -145,14 +161,16 @@ def build_model(args: Any, num_classes: int) -> nn.Module:
         raise UserError(
             "--cupy needs a GPU, and this run has none; leave it out: the CPU has fused kernels of its own"
         )
-    settings: dict[str, Any] = {
-        "spiking_neuron": NEURONS[args.neuron],
-        "surrogate_function": surrogates()[args.surrogate](),
-        "detach_reset": True,
-        "in_channels": args.in_channels or 3,
-    }
-    if args.neuron != "IF":
-        settings["tau" if args.neuron == "LIF" else "init_tau"] = args.tau
+    settings: dict[str, Any] = {"in_channels": args.in_channels or 3}
+    kind = args.neuron or "IF"
+    if args.neuron is not None or not args.model.startswith("ms_"):
+        settings |= {"spiking_neuron": NEURONS[kind], "detach_reset": True}
+    if "spiking_neuron" in settings or "surrogate" in args.explicit:
+        settings["surrogate_function"] = surrogates()[args.surrogate]()
+    if kind != "IF":
+        settings["tau" if kind == "LIF" else "init_tau"] = args.tau
+    if not args.model.startswith("ms_"):
+        settings |= {"stem_pool": args.stem_pool, "zero_init_residual": args.zero_init_residual}
     if args.model.startswith("sew_"):
         settings["cnf"] = args.cnf
     ends = num_classes, settings["in_channels"]

@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from scalesnn.base import UserError
 from scalesnn.neuron import BaseNode
 
-__all__ = ["Fit", "Weights", "fit_weights", "misfits", "read_weights_file", "torchvision_weights"]
+__all__ = [
+    "Fit",
+    "Weights",
+    "fit_weights",
+    "misfits",
+    "read_weights_file",
+    "torchvision_weights",
+    "without_prefixes",
+]
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "ema")
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # of DDP, torch.compile and FSDP1
@@ -196,7 +204,7 @@ def fit_weights(model: nn.Module, weights: Weights) -> Fit:
     own = model.state_dict()
     state = {}
     for key, value in weights.tensors.items():
-        name = _plain_key(key, own)
+        name = without_prefixes(key, own)
         if "surrogate_function." not in name and name != "n_averaged":  # of torch's AveragedModel
             state[name] = value
     fit = Fit()
@@ -236,8 +244,8 @@ def _some(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _plain_key(key: str, own: Mapping[str, Tensor]) -> str:
-    """A key without the prefixes that DDP, torch.compile and FSDP1 put before it, unless the network has
+def without_prefixes(key: str, own: Container[str] = ()) -> str:
+    """A key without the prefixes that DDP, torch.compile and FSDP1 put into it, unless the network has
     them."""
     while key not in own and (prefix := next((p for p in PREFIXES if key.startswith(p)), "")):
         key = key.removeprefix(prefix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import OrderedDict
@@ -59,7 +60,8 @@ def export(
             save_file(weights, beside, metadata={"format": "pt", **about})
         os.replace(beside, output)
     except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a parent that is no folder
+            beside.unlink()
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"--output {output}: cannot be written ({reason})") from None
     return folder, len(weights)

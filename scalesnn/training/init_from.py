@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 
 from scalesnn.base import UserError
-from scalesnn.model.weights import Weights, fit_weights, read_weights_file, torchvision_weights
+from scalesnn.model.published import recognise
+from scalesnn.model.weights import (
+    Weights,
+    fit_weights,
+    read_weights_file,
+    torchvision_weights,
+    without_prefixes,
+)
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.training.checkpoint import checkpoint_folders, find_checkpoints
 from scalesnn.training.checkpoint_index import Index
@@ -49,11 +56,14 @@ def initialise(args: Any, model: nn.Module, classes: list[str], strategy: Strate
     problem, path = strategy.broadcast((problem, path))
     if problem is not None:
         raise UserError(problem)
+    hint = ""
     try:
         weights = open_weights(path or args.init_from)
+        if recognise(map(without_prefixes, weights.tensors)) in ("sew", "ms", "psn"):
+            hint = f" (its keys are those of published weights: see scalesnn import {args.init_from})"
         fit = fit_weights(model, weights)
     except UserError as error:
-        raise UserError(f"{FLAG} {error}") from None
+        raise UserError(f"{FLAG} {error}{hint}") from None
     if fit.anew and args.test_only:
         raise UserError(f"--test-only {FLAG} {args.init_from}: {'; '.join(fit.ends)}: train it first")
     notices = [*weights.notices, *fit.ends, *fit.neurons]

@@ -11,6 +11,7 @@ from spikingjelly.activation_based.model import ms_resnet as peer
 from scalesnn import functional, layer, neuron, surrogate
 from scalesnn.base import UserError
 from scalesnn.model import ms_resnet
+from scalesnn.model.train_imagenet_example import SResNetTrainer, build_model
 
 PEERS_NAMES = [(r"^conv1\.", "stem.0."), (r"^bn1\.", "stem.1."), (r"^fc\.", "head.")]
 
@@ -124,3 +125,28 @@ def test_step_modes_agree_in_evaluation():
 def test_there_are_no_pretrained_weights():
     with pytest.raises(UserError, match="no pretrained weights for ms_resnet34"):
         ms_resnet.ms_resnet34(pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "threshold", "shape"),
+    [
+        ([], "LIFNode", 0.5, "Rect"),
+        (["--surrogate", "ATan"], "LIFNode", 0.5, "ATan"),
+        (["--neuron", "IF"], "IFNode", 1.0, "ATan"),
+    ],
+)
+def test_the_command_line_takes_the_papers_neuron_unless_one_is_given(words, kind, threshold, shape):
+    args = SResNetTrainer().get_args_parser().parse_args(["--model", "ms_resnet18", *words])
+    node = build_model(args, 10).layer1[0].sn1
+    assert type(node).__name__ == kind
+    assert node.v_threshold == threshold
+    assert type(node.surrogate_function).__name__ == shape
+
+
+@pytest.mark.parametrize("words", [["--stem-pool", "avg"], ["--zero-init-residual"]])
+def test_flags_of_other_nets_are_refused(words):
+    args = SResNetTrainer().get_args_parser().parse_args(["--model", "ms_resnet18", *words])
+    with pytest.raises(
+        UserError, match=f"{words[0]} is for spiking and SEW nets, but --model is ms_resnet18"
+    ):
+        build_model(args, 10)

@@ -151,6 +151,14 @@ def test_export_of_nothing_is_one_line(run: Any, tmp_path: Path, capsys: pytest.
     assert said.count("\n") == 1
 
 
+def test_export_into_what_is_no_folder_is_one_line(
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert command(["export", str(run[0]), "-o", str(tmp_path / "file" / "x.pt")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_export_of_an_average_that_was_not_kept(tmp_path: Path) -> None:
     strategy = prepared(small_net())
     CheckpointManager(tmp_path / "checkpoints", strategy).save(Progress(step=1))

@@ -150,7 +150,10 @@ def test_what_cannot_be_is_one_line(place, images, tmp_path, capsys):
     bad = tmp_path / "bad.pth"
     bad.write_bytes(b"no weights")
     net = place / "net.safetensors"
+    old = {"layer1.0.conv1.module.0.weight": torch.ones(1)}
+    torch.save(old, tmp_path / "old.pth")
     for words, said in (
+        (["--init-from", tmp_path / "old.pth"], "published weights: see scalesnn import"),
         (["--init-from", "nowhere"], "--init-from nowhere: no such file or run, no run of that name in"),
         (["--init-from", bad], f"--init-from {bad}: damaged, or no file of weights"),
         (["--init-from", tmp_path], f"{tmp_path} holds no checkpoint"),
