@@ -85,7 +85,7 @@ def memory(report: Any, device: torch.device) -> None:
         torch.cuda.empty_cache()
         peak, _ = step(model, functional.reset_net, T, device)
         seconds = min(step(model, functional.reset_net, T, device)[1] for _ in range(2))
-        predicted = plan.trace(Policy.parse(name)).peak() + plan.parameters
+        predicted = plan.step_bytes(Policy.parse(name)) + plan.parameters
         row = {"peak": peak, "predicted": predicted, "error": predicted / peak - 1, "seconds": seconds}
         found["policies"][name] = row
         row["time_ratio"] = seconds / found["policies"]["none"]["seconds"]

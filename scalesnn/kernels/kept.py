@@ -29,9 +29,7 @@ class Spikes(NamedTuple):
     def whole(self, bits: Tensor) -> Tensor:
         """The tensor, marked as spikes."""
         out = packing.unpack(bits, self.planes, self.shape, self.stride, self.dtype)
-        spikes.mark_spikes(out, self.largest, bits)
-        out.scalesnn_planes = self.planes
-        return out
+        return spikes.mark_spikes(out, self.largest, bits, self.planes)
 
     def bits_of_steps(self, bits: Tensor, a: int, b: int) -> Tensor | None:
         """The bits of the steps from ``a`` to ``b``; None where a step ends in the middle of a word."""

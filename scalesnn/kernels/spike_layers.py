@@ -221,7 +221,9 @@ def _spike_pool_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # a row at a time: all of x and of the int64 places would be the largest tensors of the step
         x = unpack(row, ctx.planes, shape, ctx.strides, grad.dtype)
         _, places = torch.ops.aten.max_pool2d_with_indices(x, *ctx.geometry)
-        of_x.copy_(torch.ops.aten.max_pool2d_with_indices_backward(of_y, x, *ctx.geometry, places))
+        backward = torch.ops.aten.max_pool2d_with_indices_backward.grad_input
+        backward(of_y, x, *ctx.geometry, places, grad_input=of_x)
+        del x, places  # before the next are made
     return grad_x, None, None, None, None, None, None, None
 
 

@@ -2,14 +2,14 @@
 is a
 normalised tensor. Layers that keep their input for the backward pass keep the cheapest form of it.
 
-The knowledge hangs on the tensor that a fused op made, as attributes; operations on the tensor give tensors
-without it,
+The knowledge hangs on the tensor that a fused op made, as attributes, and on its storage, where the aliases
+find it that hooks of ZeRO-3 and FSDP2 hand on in its place. Operations on the tensor give tensors without it,
 and a change in place makes it void. So nothing is ever kept as bits that is not known to be spikes.
 """
 
 from __future__ import annotations
 
-import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,61 +26,60 @@ __all__ = [
     "marked",
 ]
 
-# Wrappers such as ZeRO-3's hooks hand a layer an alias of the tensor that was marked; it is found by its
-# address, while the marked one lives.
-_by_address: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-
 
 def _mark(tensor: Tensor, **marks: object) -> Tensor:
     for name, value in marks.items():
         setattr(tensor, f"scalesnn_{name}", value)
     if not torch.compiler.is_compiling():
         tensor.scalesnn_version = _version(tensor)  # type: ignore[attr-defined]
-        if _has_address(tensor):
-            _by_address[tensor.data_ptr()] = tensor
+        if _has_storage(tensor):
+            marks.pop("once", None)  # an alias as well: the storage would hold itself
+            storage: Any = tensor.untyped_storage()
+            form, known = _form(tensor), getattr(storage, "scalesnn_marks", None)
+            storage.scalesnn_marks = (form, marks if known is None or known[0] != form else known[1] | marks)
     return tensor
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """What the aliases of a tensor have in common."""
+    place = tensor.storage_offset(), _version(tensor)
+    return (tensor.shape, tensor.stride(), tensor.dtype, *place)
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _has_address(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+def _has_storage(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def marked(tensor: Tensor) -> Tensor:
-    """The tensor itself or the one it is an alias of, whichever carries marks that still hold."""
+    """The tensor itself, with the marks that still hold, its own or those of the tensor it is an alias of."""
     if torch.compiler.is_compiling():
         return tensor
     if not hasattr(tensor, "scalesnn_version"):
-        other = _by_address.get(tensor.data_ptr()) if _has_address(tensor) else None
-        if other is None or not hasattr(other, "scalesnn_version"):
-            return tensor
-        if other.shape != tensor.shape or other.stride() != tensor.stride():
-            return tensor
-        if (
-            other.dtype != tensor.dtype
-            or other.device != tensor.device
-            or other.data_ptr() != tensor.data_ptr()
-        ):
-            return tensor
-        if _version(other) != _version(tensor):
-            return tensor
-        tensor = other
+        # .data is no view and a leaf: its version would not tell of changes in place
+        alias = _has_storage(tensor) and (tensor._is_view() or not tensor.is_leaf)
+        known = getattr(tensor.untyped_storage(), "scalesnn_marks", None) if alias else None
+        if known is not None and known[0] == _form(tensor):
+            for name, value in known[1].items():
+                setattr(tensor, f"scalesnn_{name}", value)
+            tensor.scalesnn_version = _version(tensor)  # type: ignore[attr-defined]
+        return tensor
     if tensor.scalesnn_version != _version(tensor):  # changed in place since
-        for name in ("largest", "bits", "once", "normalised", "affine", "version"):
+        for name in ("largest", "bits", "planes", "once", "normalised", "affine", "version"):
             if hasattr(tensor, f"scalesnn_{name}"):
                 delattr(tensor, f"scalesnn_{name}")
     return tensor
 
 
-def mark_spikes(tensor: Tensor, largest: int = 1, bits: Tensor | None = None) -> Tensor:
-    """Say that ``tensor`` holds whole numbers 0 … ``largest``; ``bits`` are those of ``ops.unit``."""
-    _mark(tensor, largest=largest)
-    if bits is not None:
-        _mark(tensor, bits=bits)
-    return tensor
+def mark_spikes(tensor: Tensor, largest: int = 1, bits: Tensor | None = None, planes: int = 0) -> Tensor:
+    """Say that ``tensor`` holds whole numbers 0 … ``largest``; ``bits`` and ``planes`` are those of
+    ``packing.unpack``."""
+    if bits is None:
+        return _mark(tensor, largest=largest)
+    return _mark(tensor, largest=largest, bits=bits, planes=planes)
 
 
 def mark_repeated(tensor: Tensor, once: Tensor) -> Tensor:
@@ -117,8 +116,7 @@ def bits_of(tensor: Tensor) -> tuple[Tensor, int] | None:
     bits = packing.pack(tensor.detach(), planes)
     if planes == 1 and tensor[0].numel() % 32 == 0:  # then the plane is the rows of ops.unit
         bits, planes = bits.view(tensor.shape[0], -1), 0
-    tensor.scalesnn_bits = bits  # type: ignore[attr-defined]
-    tensor.scalesnn_planes = planes  # type: ignore[attr-defined]
+    _mark(tensor, bits=bits, planes=planes)
     return bits, planes
 
 

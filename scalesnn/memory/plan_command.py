@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scalesnn import functional, neuron, surrogate
 from scalesnn.base import UserError
 from scalesnn.memory.arguments import bytes_of
-from scalesnn.memory.planner import OPTIMIZER_STATE, STRATEGIES, Plan, Planner, gib, table
+from scalesnn.memory.planner import OPTIMIZER_STATE, STRATEGIES, Planner, gib, table
 from scalesnn.memory.policy import Policy
 
 __all__ = ["add_plan_command"]
@@ -88,32 +85,6 @@ def planner_of_command(args: argparse.Namespace) -> Planner:
     )
 
 
-def plans_of(args: argparse.Namespace) -> list[Plan]:
-    """The plan of every policy; those of a deep net in processes of their own, a trace takes seconds."""
-    planner = planner_of_command(args)
-    policies = [Policy.parse(text) for text in args.policy] if args.policy else planner.policies()
-    workers = min(os.cpu_count() or 1, len(policies))
-    if workers < 2 or not planner.is_deep:
-        return [planner.plan(policy) for policy in policies]
-    slowest_first = sorted(policies, key=lambda policy: -policy.steps)
-    context = multiprocessing.get_context("spawn")  # autograd does not go on after a fork
-    with ProcessPoolExecutor(workers, context, _begin, (args,)) as pool:
-        found = dict(zip(slowest_first, pool.map(_plan, slowest_first), strict=True))
-    return [found[policy] for policy in policies]
-
-
-_planner: list[Planner] = []  # of a process of plans_of
-
-
-def _begin(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    _planner[:] = [planner_of_command(args)]
-
-
-def _plan(policy: Policy) -> Plan:
-    return _planner[0].plan(policy)
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the table, or JSON; returns 0 where a policy fits, else 1."""
     known = makers()
@@ -123,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     budget = bytes_of(args.gpu_memory, "--gpu-memory")
-    plans = plans_of(args)
+    planner = planner_of_command(args)
+    policies = [Policy.parse(text) for text in args.policy] if args.policy else planner.policies()
+    plans = [planner.plan(policy) for policy in policies]
     if args.json:
         record = {key: value for key, value in vars(args).items() if key not in ("run", "json")}
         print(json.dumps({**record, "budget": budget, "policies": [p.as_dict() for p in plans]}, indent=1))

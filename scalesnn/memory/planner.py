@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,9 +35,6 @@ __all__ = [
 STRATEGIES = ("single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp")
 OPTIMIZER_STATE = {"sgd": 1, "sgd_nesterov": 1, "rmsprop": 2, "adamw": 2}  # tensors like the parameters
 PREFETCH = 3  # batches that the input pipeline keeps on the device
-TRIES = 6  # traces of a search, for a mix of layers or the largest T
-DEEP = 100  # convolutions
-ENOUGH = 0.98  # of the budget in use ends the search for the largest T
 
 
 @dataclass(frozen=True)
@@ -138,18 +135,13 @@ class Planner:
             )
         return self._traces[key]
 
-    @property
-    def is_deep(self) -> bool:
-        """Whether traces of many chunks of time would take minutes."""
-        return sum(isinstance(m, nn.Conv2d) for m in self.model.modules()) > DEEP
-
     def peak(self, policy: Policy, shape: tuple[int, ...] | None = None) -> int:
         """Bytes of everything at the worst moment, with what the allocator may hold beside."""
         return self._constant + int(self.step_bytes(policy, shape) * (1 + self.device.slack))
 
     def step_bytes(self, policy: Policy, shape: tuple[int, ...] | None = None) -> int:
         """Bytes that are alive at the worst moment of a step, above what is there before it."""
-        return self.trace(policy, shape).peak(self.gradient_share) + self.device.overhead
+        return int(max(self.trace(policy, shape).alive(self.gradient_share))) + self.device.overhead
 
     @property
     def _constant(self) -> int:
@@ -175,43 +167,38 @@ class Planner:
             self._largest_batch(policy),
         )
 
+    @property
+    def _room(self) -> float:
+        """Bytes that are left for a step's activations and gradients."""
+        return (self.budget - self._constant) / (1 + self.device.slack) - self.device.overhead
+
     def _largest_batch(self, policy: Policy) -> int:
         """The largest batch that fits: activations grow with it, gradients do not."""
-        batch, found = self.shape[-4], self.trace(policy)
-        room_of_step = (self.budget - self._constant) / (1 + self.device.slack) - self.device.overhead
-        room = (
-            (room_of_step - self.gradient_share * gradients) * batch / max(activations, 1)
-            for activations, gradients in found.events
+        return max(
+            int(
+                min(
+                    (self._room - self.gradient_share * gradients) * self.shape[-4] / max(activations, 1)
+                    for activations, gradients in self.trace(policy).events
+                )
+            ),
+            0,
         )
-        return max(int(min(room, default=0)), 0)
 
     def _largest_T(self, policy: Policy) -> int:
-        """The largest T that fits: a line through two traces, then, where traces are quick, checked."""
-
-        def peak_at(T: int) -> int:
-            return self.peak(policy, (T, *self.shape[1:]))
-
+        """The largest T that fits, by a line through two traces for every event of a step; for the peak where
+        more chunks of time make more events."""
         K = policy.steps
-        far = max(self.shape[0], 3 * K)
-        near = 2 * K if K else max(far // 2, 1)
-        if near == far:
-            far = 2 * near
-        low, high = peak_at(near), peak_at(far)
-        if high <= low:
-            return far if high <= self.budget else 0
-        value = int(far + (self.budget - high) * (far - near) / (high - low))
-        if K or value > 32 * far:  # tracing very many steps takes long
-            return max(value, 0)
-        best = max((T for T, peak in ((near, low), (far, high)) if peak <= self.budget), default=0)
-        for _ in range(TRIES):  # the line bends and steps where another layer becomes the worst
-            if value <= best:
-                break
-            peak = peak_at(value)
-            best = value if peak <= self.budget else best
-            if ENOUGH * self.budget < peak <= self.budget:
-                break
-            value = int(value * (self.budget - self._constant) / (peak - self._constant))
-        return best
+        far = max(self.shape[0], 3 * K, 2)
+        near = 2 * K if K else far // 2
+        low, high = (self.trace(policy, (T, *self.shape[1:])).alive(self.gradient_share) for T in (near, far))
+        if len(low) != len(high):
+            low, high = [max(low)], [max(high)]
+        if max(high) > self._room and all(a >= b for a, b in zip(low, high, strict=True)):
+            return 0
+        fits = (
+            far + (self._room - b) * (far - near) / (b - a) for a, b in zip(low, high, strict=True) if b > a
+        )
+        return max(int(min(fits, default=far)), 0)
 
     def policies(self) -> list[Policy]:
         """The exact policies worth trying, by predicted time."""
@@ -220,46 +207,13 @@ class Planner:
             T = self.shape[0]
             if T > 1:
                 names.append(f"time:{max(T // 4, 1)}")
-            if T >= 8 and not self.is_deep:
-                names.append(f"time:{T // 8}")
         found = [Policy.parse(name) for name in names]
         return [p for p in found if not p.block or residual_blocks(self.model)]
 
     def cheapest(self) -> Policy | None:
-        """The policy that fits at the least predicted time; None where none does.
-
-        Where ``none`` does not fit but ``layer`` does, the convolutions that are run again are chosen: those
-        that save the most bytes for a second of running again first, as few as needed.
-        """
-        seconds = {
-            policy: self.trace(policy).seconds(self.device)
-            for policy in self.policies()
-            if self.peak(policy) <= self.budget
-        }
-        if not seconds:
-            return None
-        best = min(seconds, key=lambda policy: seconds[policy])
-        everything = Policy(layer=True)
-        if everything in seconds and best != Policy():
-            mixed = self._mix(everything)
-            if self.trace(mixed).seconds(self.device) <= seconds[best]:
-                return mixed
-        return best
-
-    def _mix(self, everything: Policy) -> Policy:
-        """``layer`` for as few convolutions as fit, in the order of bytes saved for a second."""
-        sizes = self.trace(Policy()).convolutions
-        order = sorted(sizes, key=lambda name: -sizes[name][0] / max(sizes[name][1], 1.0))
-        low, high = 0, len(order)  # `low` convolutions are too few, `high` are enough
-        for _ in range(TRIES):
-            if high - low <= 1:
-                break
-            middle = (low + high) // 2
-            if self.peak(replace(everything, only=frozenset(order[:middle]))) <= self.budget:
-                high = middle
-            else:
-                low = middle
-        return everything if high == len(order) else replace(everything, only=frozenset(order[:high]))
+        """The policy that fits at the least predicted time; None where none does."""
+        fitting = [policy for policy in self.policies() if self.peak(policy) <= self.budget]
+        return min(fitting, key=lambda policy: self.trace(policy).seconds(self.device), default=None)
 
 
 def gib(size: float) -> str:

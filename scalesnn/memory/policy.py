@@ -32,7 +32,7 @@ from scalesnn.memory import blocks
 from scalesnn.memory.deferral import Streaming
 from scalesnn.neuron import BaseNode
 
-__all__ = ["Policy", "apply_policy", "policy_of"]
+__all__ = ["Policy", "apply_policy", "policies_below", "policy_of"]
 
 SMALLEST = 4096  # elements of spikes that are kept as bits
 SYNTAX = "none, layer, block, time:K (with ,detach or ,bn=chunk after it) or auto"
@@ -46,7 +46,6 @@ class Policy:
     Attributes:
         layer: run convolutions again in backward. block: run residual blocks again.
         steps: K of time:K; 0 where time is not cut. detach, chunk_norm: its options.
-        only: of ``layer``, the names of the convolutions to run again; None: all of them.
     """
 
     layer: bool = False
@@ -54,7 +53,6 @@ class Policy:
     steps: int = 0
     detach: bool = False
     chunk_norm: bool = False
-    only: frozenset[str] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Policy:
@@ -90,8 +88,6 @@ class Policy:
 
     def __str__(self) -> str:
         words = [word for word in ("layer", "block") if getattr(self, word)]
-        if self.only is not None:
-            words[0] += f" ({len(self.only)} convolutions)"
         words += [f"time:{self.steps}"] if self.steps else []
         text = "+".join(words) or "none"
         return text + "".join(f",{option}" for option, name in OPTIONS.items() if getattr(self, name))
@@ -126,8 +122,8 @@ def apply_policy(model: nn.Module, policy: str | Policy) -> nn.Module:
         return model
     streaming = Streaming(0 if policy.chunk_norm else policy.steps, policy.detach and not policy.chunk_norm)
     if policy.layer or (policy.steps and not policy.chunk_norm):
-        for name, module in model.named_modules():
-            if isinstance(module, layer.Conv2d) and (policy.only is None or name in policy.only):
+        for module in model.modules():
+            if isinstance(module, layer.Conv2d):
                 module.policy = streaming
             if isinstance(module, BaseNode) and streaming.detach:
                 module.truncate = policy.steps
@@ -185,6 +181,21 @@ def policy_of(model: nn.Module) -> Policy:
             return policy
         inner = getattr(inner, "module", None)
     return Policy()
+
+
+def policies_below(policy: Policy, T: int | None) -> list[Policy]:
+    """The exact policies that need less memory than ``policy``, the one that needs most first.
+
+    Args:
+        T: time-steps; None for inputs without.
+    """
+    chunks, steps = [], (T or 1) // 2
+    while T and steps >= 1:
+        chunks.append(Policy(steps=steps))
+        steps //= 4
+    if policy.steps:
+        return [p for p in chunks if p.steps < policy.steps]
+    return chunks if policy.layer or policy.block else [Policy(layer=True), *chunks]
 
 
 @contextmanager

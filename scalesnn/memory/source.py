@@ -42,6 +42,7 @@ class Convolution(NamedTuple):
         shape, x_dtype: of the input [T, N, C, H, W].
         dtype: in which it is computed. cast: by autocast; else inputs and weights have it.
         out_shape, out_stride: of the output [T, N, outputs, H, W].
+        looks_up: it is made from the bits alone (``kernels.spike_conv``).
         geometry: stride, padding, dilation, groups.
     """
 
@@ -53,6 +54,7 @@ class Convolution(NamedTuple):
     out_shape: tuple[int, ...]
     out_stride: tuple[int, ...]
     geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+    looks_up: bool
 
     @classmethod
     def of(cls, module: Conv2d, x: Tensor, form: Spikes | None) -> Convolution:
@@ -71,7 +73,12 @@ class Convolution(NamedTuple):
         channels, image = module.out_channels, height * width
         stride = (x.shape[1] * channels * image, channels * image, 1, width * channels, channels)
         out_shape = (*x.shape[:2], channels, height, width)
-        return cls(form, x.shape, x.dtype, dtype, cast, out_shape, stride, geometry)
+        looks_up = (
+            form is not None
+            and dtype == x.dtype
+            and spike_conv.suits(x.flatten(0, 1), form.planes, module.weight, module.groups)
+        )
+        return cls(form, x.shape, x.dtype, dtype, cast, out_shape, stride, geometry, looks_up)
 
     def values_of(self, parameter: Tensor | None) -> Tensor | None:
         """Its values in the dtype of the convolution, in channels_last; of a scattered one a copy, which
@@ -137,7 +144,7 @@ class Source:
 
     def _convolve(self, a: int, b: int) -> Tensor:
         images, bits = self._images(a, b)
-        geometry, form = self.conv.geometry, self.conv.form
+        form, geometry = self.conv.form, self.conv.geometry
         if form is None or bits is None:
             y = torch.conv2d(images, self.weight, self.bias, *geometry)
         else:
@@ -154,32 +161,28 @@ class Source:
     def gradients(self, of_y: Tensor, a: int, b: int, mask: list[bool]) -> list[Tensor | None]:
         """The gradients of input, weight and bias that ``mask`` asks for, from that of the output's steps."""
         images, bits = self._images(a, b, read=mask[1])
-        form, geometry = self.conv.form, self.conv.geometry
-        if form is None or not spike_conv.suits(images, form.planes, self.weight, geometry[3]):
-            bits = None
         sizes = None if self.bias is None else list(self.bias.shape)
+        of_y = of_y.flatten(0, 1).to(self.conv.dtype)
         of_x, *others = spike_layers.convolution_backward(
-            of_y.flatten(0, 1).to(self.conv.dtype), images, bits, self.weight, sizes, mask, *geometry
+            of_y, images, bits, self.weight, sizes, mask, *self.conv.geometry
         )
         of_x = None if of_x is None else of_x.unflatten(0, (b - a, self.conv.shape[1])).to(self.conv.x_dtype)
         return [of_x, *others]
 
     def _images(self, a: int, b: int, read: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Steps of the input as images [K × N, C, H, W], and their bits. Without values where ``read`` is
-        False, or where the bits are looked up."""
-        form, kept, dtype = self.conv.form, self.kept, self.conv.dtype
-        if form is None:
-            return kept[a:b].flatten(0, 1).to(dtype), None
-        bits = form.bits_of_steps(kept, a, b)
-        if self.x is not None:
-            return self.x[a:b].flatten(0, 1).to(dtype), bits
-        if not read or (bits is not None and kept.device.type == "cpu"):
-            shape = (b - a, *form.shape[1:])
-            empty = torch.empty_strided(shape, form.stride, dtype=dtype, device=kept.device).flatten(0, 1)
-            if not read or spike_conv.suits(empty, form.planes, self.weight, self.conv.geometry[3]):
-                return empty, bits
-            del empty
-        return form.steps(kept, a, b).flatten(0, 1).to(dtype), bits
+        """Steps of the input as images [K × N, C, H, W], and their bits if these are read instead; images
+        that are not read have no values."""
+        form, bits = self.conv.form, None
+        if form is not None and self.conv.looks_up:
+            bits = form.bits_of_steps(self.kept, a, b)
+        if form is None or self.x is not None:
+            x = (self.kept if self.x is None else self.x)[a:b]
+        elif bits is not None or not read:
+            shape, device = (b - a, *form.shape[1:]), self.kept.device
+            x = torch.empty_strided(shape, form.stride, dtype=self.conv.dtype, device=device)
+        else:
+            x = form.steps(self.kept, a, b)
+        return x.flatten(0, 1).to(self.conv.dtype), bits
 
 
 class Stored:

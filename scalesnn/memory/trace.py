@@ -7,15 +7,17 @@ as autograd and the policy make them.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._library import simple_registry
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,22 +62,20 @@ class Trace:
     """What one training step does.
 
     Attributes:
-        events: (activation bytes, gradient bytes) alive after every change that made a new maximum possible.
+        events: (activation bytes, gradient bytes) alive after every allocation.
         saved: bytes alive at the end of the forward pass, the net's own tensors, its
             potentials and the input apart.
         flops, traffic: operations of convolutions, bytes written and read by everything.
-        convolutions: name of a convolution → (bytes of its output, operations of its forward).
     """
 
     events: list[tuple[int, int]] = field(default_factory=list)
     saved: int = 0
     flops: float = 0.0
     traffic: float = 0.0
-    convolutions: dict[str, tuple[int, float]] = field(default_factory=dict)
 
-    def peak(self, gradient_share: float = 1.0) -> int:
-        """Most bytes of activations and gradients at a time, where a device keeps that share of gradients."""
-        return max((int(a + gradient_share * g) for a, g in self.events), default=0)
+    def alive(self, gradient_share: float = 1.0) -> list[float]:
+        """Bytes of activations and gradients at every event, where a device keeps that share of gradients."""
+        return [a + gradient_share * g for a, g in self.events]
 
     @property
     def activations(self) -> int:
@@ -89,6 +89,10 @@ class Trace:
 
 class _Ledger(TorchDispatchMode):
     """Counts storages as they come and go."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # its guard around every operation takes long, and nothing is compiled here
 
     def __init__(self, trace: Trace, rounding: int, own: Sequence[Tensor]) -> None:
         super().__init__()
@@ -111,7 +115,7 @@ class _Ledger(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
         if kind == "activation":
             self.activations += size
-            self._record()
+            self.trace.events.append((self.activations, self.gradients))
 
     def _forget(self, key: int, size: int) -> None:
         self._known.pop(key, None)
@@ -120,12 +124,6 @@ class _Ledger(TorchDispatchMode):
             self.activations -= size
         elif kind == "gradient":
             self.gradients -= size
-
-    def _record(self) -> None:
-        now, events = (self.activations, self.gradients), self.trace.events
-        while events and events[-1][0] <= now[0] and events[-1][1] <= now[1]:
-            events.pop()
-        events.append(now)
 
     def is_gradient(self, parameter: Tensor) -> None:
         """Count the gradient of a parameter as such from now on."""
@@ -154,7 +152,10 @@ class _Ledger(TorchDispatchMode):
             for index, arg in enumerate(args):
                 if type(arg).__name__ == "FakeTensor" and (index != 1 or _is_read(name, args)):
                     self._see(arg)
-        out = func(*args, **(kwargs or {}))
+        make = func
+        if func.namespace == "scalesnn":  # its function of sizes, which FakeTensorMode is slow to reach
+            make = simple_registry.singleton.find(name).fake_impl.kernel
+        out = make(*args, **(kwargs or {}))
         results = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
         for tensor in results:
             if type(tensor).__name__ == "FakeTensor" and not (self.lazy_pages and name in EMPTY):
@@ -231,13 +232,12 @@ def trace(
         for parameter in model.parameters():
             parameter.grad = None
             handles.append(parameter.register_post_accumulate_grad_hook(ledger.is_gradient))
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d) and policy == Policy():  # a hook would have outputs made
-                handles.append(module.register_forward_hook(_measure_convolution(found, name)))
         context: AbstractContextManager[Any] = nullcontext()
         if amp_dtype is not None:
             context = torch.autocast("cpu", amp_dtype)
         look_up = nullcontext() if rounding == CPU.rounding else spike_conv.products()
+        collects = gc.isenabled()
+        gc.disable()  # it looks through all objects again and again
         try:
             with ledger, look_up:
                 with context:
@@ -247,6 +247,8 @@ def trace(
                 loss.backward()
                 del loss
         finally:
+            if collects:
+                gc.enable()
             for handle in handles:
                 handle.remove()
             functional.reset_net(model)
@@ -265,15 +267,3 @@ def potentials(model: nn.Module) -> int:
 def _loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     y = model(x)
     return nn.functional.cross_entropy((y.mean(0) if y.dim() == 3 else y).float(), target)
-
-
-def _measure_convolution(found: Trace, name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if (
-            isinstance(output, Tensor)
-            and isinstance(module.weight, Tensor)
-            and name not in found.convolutions
-        ):
-            found.convolutions[name] = (_size(output), _flops(output, module.weight))
-
-    return hook

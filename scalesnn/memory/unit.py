@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Unit:
         """The spans of time-steps."""
         return spans(self.source.conv.out_shape[0], self.steps)
 
-    @property
+    @cached_property
     def affine(self) -> tuple[Tensor | None, ...]:
         """Mean, scale and bias of the normalisation."""
         return (None, None, None) if self.source.affine is None else tuple(self.source.affine)
@@ -232,7 +233,7 @@ def _through_convolution(
     for a, b in unit.chunks:
         part = of_y[a:b]
         if unit.source.affine is not None:
-            y, (mean, scale, _) = unit.source.output(a, b), unit.source.affine
+            y, (mean, scale, _) = unit.source.output(a, b), unit.affine
             if ours:
                 normalisation.normalise_backward_(part, y, mean, scale, coefficients)
             else:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from scalesnn import functional
 from scalesnn.base import UserError
-from scalesnn.memory.fallback import Fallback
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.ema import ModelEma
 from scalesnn.training.hang_watch import HangWatch
 from scalesnn.training.metrics import Averages, fit_targets
+from scalesnn.training.out_of_memory import Fallback
 from scalesnn.training.preemption import Preemption
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from scalesnn import functional
 from scalesnn.base import UserError
 from scalesnn.memory import Prepared
 from scalesnn.memory import prepare as prepare_memory
-from scalesnn.memory.fallback import Fallback
 from scalesnn.parallel.start_again import again
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker, create_tracker
@@ -32,6 +31,7 @@ from scalesnn.training.init_from import initialise
 from scalesnn.training.loop import NAMES, Run
 from scalesnn.training.metrics import Averages
 from scalesnn.training.optimizers import parameter_groups
+from scalesnn.training.out_of_memory import Fallback
 from scalesnn.training.preemption import Preemption, is_restart, job_identity, job_run_name
 from scalesnn.training.resuming import Resumption, saved_settings, settle
 from scalesnn.training.run_config import describe_run, write_config

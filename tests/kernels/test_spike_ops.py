@@ -129,6 +129,19 @@ def test_only_what_is_known_to_be_spikes_is_kept_as_bits() -> None:
         s.mul_(0.5)
     assert spikes.is_spikes(s) == 0
     assert spikes.is_spikes(s.view_as(s)) == 0
+    assert spikes.is_spikes(s.data) == 0, "its version is its own"
+
+
+def test_an_alias_knows_its_bits_when_the_tensor_is_gone() -> None:
+    s = neuron.IFNode(step_mode="m")(torch.randn(2, 3, 4, 4, 4, requires_grad=True))
+    bits = spikes.bits_of(s)
+    alias, longer = s.view_as(s).detach().view_as(s), s[1:]
+    del s
+    assert bits is not None
+    assert spikes.bits_of(alias)[0] is bits[0]
+    assert spikes.is_spikes(longer) == 0
+    alias.detach().mul_(0.5)
+    assert spikes.is_spikes(alias) == 0
 
 
 def test_bits_of_a_freed_tensor_are_not_taken_for_those_of_its_successor() -> None:

@@ -2,7 +2,7 @@
 
 ``python memory_worker.py STRATEGY POLICY…`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; strategy
 zero3-tight is ZeRO-3 that keeps no gathered weight. Prints, from rank 0, JSON: policy → largest differences
-of losses and trained weights, and all-gathers of a step.
+of losses and trained weights, all-gathers of a step, and how many convolutions keep their input as bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from memory_nets import images, make
+from memory_nets import forms, images, make
 from torch import Tensor, nn
 
 from scalesnn import functional
@@ -58,40 +58,42 @@ def arguments(strategy: str) -> Any:
     )  # fmt: skip
 
 
-def train(name: str, policy: str) -> tuple[list[float], dict[str, Tensor], int]:
-    """Losses, trained state on rank 0, and all-gathers of the last step."""
+def train(name: str, policy: str) -> tuple[list[float], dict[str, Tensor], int, int]:
+    """Losses, trained state on rank 0, all-gathers of the last step, and inputs that are kept as bits."""
     strategy = create_strategy(arguments(name), Topology.from_environment())
     strategy.setup_device("cpu")
     model = apply_policy(make(NET), policy)
     strategy.prepare(model, lambda m: torch.optim.SGD(m.parameters(), 0.05, momentum=0.9), lambda o: None)
     strategy.model.train()
     x = images(static=True, steps=5) * (1 + 0.1 * strategy.rank)
-    losses, gathers = [], 0
+    losses, gathers, as_bits = [], 0, 0
     for _ in range(STEPS):
         with torch.profiler.profile() as profile:
             loss = nn.functional.cross_entropy(strategy.model(x).mean(0), torch.tensor([1, 2]))
+            as_bits = sum(forms(loss))
             strategy.backward(loss)
         gathers = sum(e.count for e in profile.key_averages() if "gather" in e.key and "c10d" in e.key)
         functional.reset_net(strategy.module)
         strategy.step()
         losses.append(float(loss))
-    return losses, strategy.full_model_state(), gathers
+    return losses, strategy.full_model_state(), gathers, as_bits
 
 
 def main() -> None:
     """Train under every policy and compare."""
     name, *policies = sys.argv[1:]
     found = {}
-    losses, state, gathers = train(name, "none")
+    losses, state, gathers, _ = train(name, "none")
     found["none"] = {"losses": 0.0, "state": 0.0, "gathers": gathers}
     for policy in policies:
-        other_losses, other, gathers = train(name, policy)
+        other_losses, other, gathers, as_bits = train(name, policy)
         found[policy] = {
             "losses": max(abs(a - b) for a, b in zip(losses, other_losses, strict=True)),
             "state": max(
                 (float((other[k].double() - v.double()).abs().max()) for k, v in state.items()), default=0.0
             ),
             "gathers": gathers,
+            "as_bits": as_bits,
         }
     if dist.get_rank() == 0:
         print("RESULT", json.dumps(found), flush=True)

@@ -214,3 +214,39 @@ def test_no_class_changes_and_copies_keep_the_policy():
 def test_chunks_have_one_name():
     assert Policy.parse("layer+time:4") == Policy.parse("time:4")
     assert str(Policy.parse("layer+time:4,detach")) == "time:4,detach"
+
+
+class Alias(torch.autograd.Function):
+    """What ZeRO-3's hooks put around inputs and outputs of modules."""
+
+    @staticmethod
+    def forward(x):
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_spikes_are_kept_as_bits_where_hooks_hand_on_aliases():
+    def alias(value):
+        if isinstance(value, tuple):
+            return tuple(map(alias, value))
+        return Alias.apply(value) if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+    def before(module, inputs):
+        return alias(inputs)
+
+    def after(module, inputs, output):
+        return alias(output)
+
+    before.__module__ = after.__module__ = "deepspeed.hooks"  # a stranger's would watch the layers
+    model = apply_policy(nets.make("spiking_resnet18"), "layer")
+    for module in model.modules():
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+    assert nets.forms(model(nets.images(static=True))) == [True] * 19

@@ -13,6 +13,7 @@ from scalesnn.parallel.topology import free_port
 WORKER = Path(__file__).with_name("memory_worker.py")
 ROOT = WORKER.parents[2]
 
+SPIKES = 19  # convolutions of the net whose input is spikes
 STRATEGIES = [
     "ddp",
     *(pytest.param(name, marks=pytest.mark.long) for name in ("zero1", "zero2", "zero3", "fsdp")),
@@ -49,6 +50,8 @@ def test_policies_train_the_same_net_on_two_ranks(strategy):
     for policy in policies:
         assert found[policy]["losses"] < 1e-10, (policy, found)
         assert found[policy]["state"] < 1e-10, (policy, found)
+        if policy != "block":
+            assert found[policy]["as_bits"] == SPIKES, (policy, found)
         if strategy == "fsdp":  # blocks are gathered for forward and for backward, whatever runs inside
             assert found[policy]["gathers"] == found["none"]["gathers"], (policy, found)
 

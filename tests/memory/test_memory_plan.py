@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from scalesnn.base import UserError
-from scalesnn.memory import Policy, add_memory_arguments, apply_policy, policy_of, prepare
-from scalesnn.memory.arguments import bytes_of
+from scalesnn.memory import Policy, add_memory_arguments, policy_of, prepare
+from scalesnn.memory.arguments import bytes_of, free_memory
 from scalesnn.memory.plan_command import add_plan_command
 from scalesnn.memory.planner import Planner
 
@@ -99,25 +99,6 @@ def test_auto_takes_the_cheapest_that_fits():
         chosen(10**6)
 
 
-def test_as_few_convolutions_as_fit_are_run_again(long_planner):
-    none, layer = long_planner.trace(Policy()), long_planner.trace(Policy(layer=True))
-    long_planner.budget = (long_planner.peak(Policy()) + long_planner.peak(Policy(layer=True))) // 2
-    mixed = long_planner._mix(Policy(layer=True))
-    assert 0 < len(mixed.only) < len(none.convolutions)
-    assert long_planner.peak(mixed) <= long_planner.budget
-    seconds = [found.seconds(long_planner.device) for found in (none, long_planner.trace(mixed), layer)]
-    assert seconds == sorted(seconds)
-
-
-def test_a_policy_of_some_convolutions_is_exact():
-    model, x = nets.make("spiking_resnet18"), nets.images()
-    expected = nets.step(model, x)
-    model.zero_grad()
-    model = nets.make("spiking_resnet18")
-    some = frozenset(["layer1.0.conv1", "layer3.1.conv2"])
-    nets.assert_same(nets.step(apply_policy(model, Policy(layer=True, only=some)), x), expected, 1e-10)
-
-
 def test_the_command_prints_json(capsys):
     parser = argparse.ArgumentParser()
     add_plan_command(parser.add_subparsers())
@@ -163,3 +144,10 @@ def test_sizes_that_are_none(text):
 def test_policies_that_are_none(text):
     with pytest.raises(UserError, match="policy"):
         Policy.parse(text)
+
+
+def test_auto_leaves_room_on_a_gpu_for_what_no_plan_sees(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 85 * 10**9))
+    assert free_memory(torch.device("cuda", 0)) == 70 * 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 85 * 10**9))
+    assert free_memory(torch.device("cuda", 0)) == 0

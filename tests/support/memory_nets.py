@@ -117,6 +117,20 @@ def step(model: nn.Module, x: Tensor, module: nn.Module | None = None, **autocas
     return found
 
 
+def forms(out: Tensor) -> list[bool]:
+    """Of every streamed unit behind ``out``, whether it keeps its convolution's input as bits."""
+    seen, waiting, found = set(), [out.grad_fn], []
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "StreamedUnit" in node.name():
+            found.append(node.unit[0].form is not None)
+        waiting += [function for function, _ in node.next_functions]
+    return found
+
+
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Equal names, and values equal relative to the largest of a tensor."""
     assert found.keys() == expected.keys()

@@ -10,8 +10,7 @@ import torch
 
 from scalesnn.base import UserError
 from scalesnn.memory import apply_policy, policy_of
-from scalesnn.memory.arguments import free_memory
-from scalesnn.memory.fallback import Fallback, is_out_of_memory
+from scalesnn.training.out_of_memory import Fallback, is_out_of_memory
 
 
 def test_the_step_runs_under_the_next_policy_with_the_same_result():
@@ -184,10 +183,3 @@ def test_the_measured_peak_is_logged_beside_the_predicted_one():
     for _ in range(5):
         fallback.run(lambda: None)
     assert notices == ["memory of the first 3 steps: peak 5 MiB, predicted 3 MiB"]
-
-
-def test_auto_leaves_room_on_a_gpu_for_what_no_plan_sees(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 85 * 10**9))
-    assert free_memory(torch.device("cuda", 0)) == 70 * 10**9
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 85 * 10**9))
-    assert free_memory(torch.device("cuda", 0)) == 0

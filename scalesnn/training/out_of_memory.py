@@ -1,7 +1,7 @@
 """Out of memory in the first steps: the next policy that needs less.
 
 One process goes on from the same batch. Several ranks start again together: the one that ran out has left
-others in collectives that cannot be finished (``parallel.start_again``).
+others in collectives that cannot be finished (``parallel.start_again``). The policies are ``memory``'s.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,9 +17,10 @@ from torch import nn
 from scalesnn import functional
 from scalesnn.base import UserError
 from scalesnn.memory.planner import gib
-from scalesnn.memory.policy import Policy, apply_policy, policy_of
+from scalesnn.memory.policy import Policy, apply_policy, policies_below, policy_of
+from scalesnn.parallel.start_again import StartTogether
 
-__all__ = ["FIRST_STEPS", "Fallback", "Together", "free_frames", "is_out_of_memory"]
+__all__ = ["FIRST_STEPS", "Fallback", "free_frames", "is_out_of_memory"]
 
 FIRST_STEPS = 3
 SIGNS = (  # in lower case
@@ -51,24 +52,6 @@ def free_frames(error: BaseException) -> None:
     gc.collect()
 
 
-class Together(Protocol):
-    """How several ranks start again: ``parallel.start_again.StartTogether``."""
-
-    announce: Callable[[str], None]
-
-    def agree(self, policy: str | None, said: str = "") -> str | None:
-        """The policy with which all ranks start again; None where the attempt went well on all."""
-
-    def pending(self) -> str | None:
-        """That policy, where it has been decided."""
-
-    def start_again(self) -> BaseException:
-        """The exception that ends this process's work."""
-
-    def stop(self) -> None:
-        """Nobody starts again any more."""
-
-
 class Fallback:
     """Runs the first steps of a run so that one that does not fit is tried again under another policy.
 
@@ -90,7 +73,7 @@ class Fallback:
         self,
         model: nn.Module,
         T: int | None,
-        together: Together | None,
+        together: StartTogether | None,
         notice: Callable[[str], None],
         table: Callable[[], str] | None = None,
         planned: int | None = None,
@@ -99,14 +82,14 @@ class Fallback:
         self.model, self.together, self.notice, self.table = model, together, notice, table
         self.planned, self.measured = planned, measured
         self.left = FIRST_STEPS
-        self.next = list(ladder(policy_of(model), T))
+        self.next = policies_below(policy_of(model), T)
 
     def run(self, attempt: Callable[[], Result]) -> Result:
         """``attempt()``; while the run is young, again under the next policy where memory ran out.
 
         Raises:
             UserError: no policy is left: names the last one, with the plan's table.
-            SystemExit: all ranks start again (``Together.start_again``).
+            SystemExit: all ranks start again (``StartTogether.start_again``).
         """
         if self.left <= 0:
             return attempt()
@@ -140,7 +123,7 @@ class Fallback:
             self.planned = None  # it was that of the other policy
             self.notice(f"out of memory with {before}: trying {policy} from the same batch ({said})")
 
-    def _run_together(self, attempt: Callable[[], Result], together: Together) -> Result:
+    def _run_together(self, attempt: Callable[[], Result], together: StartTogether) -> Result:
         """``attempt()`` on one of several ranks: once all are through it, its result."""
         policy, said, results = None, "", []
         try:
@@ -201,18 +184,3 @@ class Fallback:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def ladder(policy: Policy, T: int | None) -> list[Policy]:
-    """The exact policies that need less memory than ``policy``, in the order in which to try them."""
-    names = ["none", "layer"]
-    steps = (T or 1) // 2
-    while T and steps >= 1:
-        names.append(f"time:{steps}")
-        steps //= 4
-    found = [Policy.parse(name) for name in names]
-    if policy.steps:
-        return [p for p in found if 0 < p.steps < policy.steps]
-    if (policy.layer and policy.only is None) or policy.block:
-        return found[2:]
-    return found[1:]
