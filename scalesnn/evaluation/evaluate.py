@@ -55,8 +55,9 @@ class Evaluate(EvaluationTrainer):
         """Settle the Ts, and where to write."""
         check_writable(args.per_class, "--per-class")
         check_writable(args.json, "--json")
-        self.steps = [args.T] if args.test_T is None else steps_of(args.test_T, "--test-T")
-        args.T = self.steps[-1]
+        if args.test_T is not None:
+            self.steps = steps_of(args.test_T, "--test-T")
+            args.T = self.steps[-1]
 
     def preprocess_test_sample(self, args: Any, x: Tensor) -> Tensor:
         """With --flip, the mirror images after the images."""
@@ -78,8 +79,10 @@ class Evaluate(EvaluationTrainer):
     def _test(self, args: Any) -> int:
         run = self.run
         self.check_classes()
-        if run.data.frames_shape and self.steps[-1] > args.T:
-            raise UserError(f"--test-T {self.steps[-1]}: the frames have {args.T} time-steps")
+        if args.test_T is None:
+            self.steps = [args.T]  # of event frames it is known only now
+        if self.steps[-1] > args.T:
+            raise UserError(f"--test-T {args.test_T}: the frames have {args.T} time-steps")
         self.tally = Tally(self.steps, len(run.data.classes), self.device)
         together = prefixes_hold(run.strategy.module) or bool(run.data.frames_shape)
         start, means = time.monotonic(), {}

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from scalesnn.base import MemoryModule, UserError
+from scalesnn.data.opening import SAMPLE
 from scalesnn.evaluation.network_arguments import SOURCE
 from scalesnn.evaluation.trained import build_trained, read_source, take_settings
 from scalesnn.layer import Dropout
@@ -59,6 +60,10 @@ class EvaluationTrainer(SResNetTrainer):
         args.test_only, args.model_ema, args.sync_bn = True, False, False
         args.global_batch, args.gradient_accumulation = None, 1
         args.train_crop_size = args.val_crop_size  # the summary shows the net at the size of an image
+        if args.data_path is None:  # the images that ship with scalesnn, if it was trained on them
+            if not self.weights.settings:
+                raise UserError(f"{self.weights.source} does not say on which data: give --data-path DIR")
+            args.data_path = str(SAMPLE)
         self.prepare(args)
         try:
             self.main(args)

@@ -56,6 +56,8 @@ def run_export(args: argparse.Namespace) -> int:
         raise UserError(f"--one-step is for --format onnx, not {kind}")
     if args.frames and (kind not in ("onnx", "pt2") or args.one_step):
         raise UserError("--frames is for --format onnx and pt2 over all time-steps")
+    if args.frames and args.T is None:
+        raise UserError("--frames: give --T, the time-steps of the frames, which a checkpoint does not say")
     if kind in ("safetensors", "pt"):
         folder, count = export(args.source, output, kind=kind, ema=args.ema)
         said, source = f"{count} tensors", str(folder)

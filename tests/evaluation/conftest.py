@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"), 4, 5)
 
 
-def train_once(images: Path, folder: Path, name: str, *words: str) -> Path:
+def train_once(images: Path, folder: Path, name: str, *words: str, given: Sequence[str] = SMALL) -> Path:
     """Train one epoch of SEW-ResNet-18 with LIF neurons that fire from the start; returns the run."""
     before, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
     trainer = SResNetTrainer()
-    given = ["--data-path", str(images), "--output-dir", str(folder), "--run-name", name, "--epochs=1"]
-    given += ["--model=sew_resnet18", "--neuron=LIF", "--tau=1.1", *words]
-    trainer.main(trainer.get_args_parser().parse_args([*SMALL, *given]))
+    own = ["--data-path", str(images), "--output-dir", str(folder), "--run-name", name, "--epochs=1"]
+    own += ["--model=sew_resnet18", "--neuron=LIF", "--tau=1.1", *words]
+    trainer.main(trainer.get_args_parser().parse_args([*given, *own]))
     torch.use_deterministic_algorithms(deterministic)
     os.environ.clear()
     os.environ.update(before)

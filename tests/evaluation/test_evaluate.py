@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from small_runs import CLASSES, environment, make_images, records
+from small_runs import CLASSES, SMALL, environment, make_images, records
 from torch import nn
 from trained_nets import FLAGS, lively, save_lively
 
 from scalesnn import layer, neuron
 from scalesnn.cli import main
+from scalesnn.data.opening import SAMPLE
 from scalesnn.evaluation.trainer import prefixes_hold
 from scalesnn.model.sew_resnet import sew_resnet18
 
@@ -110,6 +112,28 @@ def test_two_ranks_count_every_image_once(weights: Path, images: Path, tmp_path:
     assert done.stdout.count("most confused") == 1
 
 
+@pytest.mark.long
+def test_event_frames_have_a_T_of_their_own_that_can_be_shortened(tmp_path: Path, train, capsys) -> None:
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 3)):
+        for label in ("0", "1"):
+            folder = tmp_path / "DVS/frames_number_3_split_by_number" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                np.savez_compressed(folder / f"{number}.npz", frames=draw.poisson(1.0, (3, 2, 24, 24)))
+        (tmp_path / "DVS/events_np" / split).mkdir(parents=True)
+    run = train(tmp_path / "DVS", tmp_path, "frames", given=[flag for flag in SMALL if "--T" not in flag])
+    (trained,) = records(tmp_path, "epoch", "test")
+    whole = figures(tmp_path, run)
+    assert [a["T"] for a in whole["accuracy"]] == [3]
+    assert (whole["loss"], whole["acc1"]) == (trained["loss"], trained["acc1"])
+    shorter = figures(tmp_path, run, "--test-T=1,3")
+    assert shorter["accuracy"][1:] == whole["accuracy"]
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--test-T=2,4"]) == 2
+    assert capsys.readouterr().err.strip().endswith("--test-T 2,4: the frames have 3 time-steps")
+
+
 def test_a_layer_that_looks_ahead_takes_a_pass_for_each_T() -> None:
     class Ahead(neuron.MemoryModule):
         pass
@@ -173,6 +197,16 @@ def test_bad_flags_are_one_line(words: list[str], said: str, weights: Path, imag
     assert code == 2
     assert said in error
     assert "\n" not in error
+
+
+@pytest.mark.long
+def test_a_run_on_the_shipped_images_is_evaluated_on_them(tmp_path: Path) -> None:
+    net = lively(sew_resnet18(num_classes=10, spiking_neuron=neuron.LIFNode))
+    classes = sorted(path.name for path in (SAMPLE / "val").iterdir())
+    save_lively(tmp_path / "net.safetensors", net, classes, data_path=None, T=1)
+    found = figures(tmp_path, tmp_path / "net.safetensors")
+    assert found["accuracy"][0]["images"] == len(list((SAMPLE / "val").rglob("*.jpg")))
+    assert found["accuracy"][0]["T"] == 1
 
 
 def test_data_of_other_classes_are_refused(weights: Path, images: Path, tmp_path: Path, capsys) -> None:
