@@ -61,7 +61,12 @@ def outside(tmp_path_factory):
 
 def test_the_wheel_holds_what_a_run_needs(outside):
     held = {str(p.relative_to(outside.site)) for p in (outside.site / "scalesnn").rglob("*")}
-    for needed in ("configs/zero2.json", "configs/recipes/sample.yaml", "kernels/neuron.cu"):
+    for needed in (
+        "configs/zero2.json",
+        "configs/recipes/sample.yaml",
+        "configs/references/sew_resnet34.yaml",
+        "kernels/neuron.cu",
+    ):
         assert f"scalesnn/{needed}" in held
     assert (outside.site / "scalesnn/data/sample/fashion-mnist/val").is_dir()
 

@@ -18,7 +18,8 @@ from typing import Any
 from scalesnn.base import UserError
 from scalesnn.tracking.console import duration
 from scalesnn.tracking.records import strict_json
-from scalesnn.tracking.report_data import RunData, config_differences, load_run
+from scalesnn.tracking.reference import Reference, load_reference
+from scalesnn.tracking.report_data import RunData, config_differences, curve_of, load_run
 from scalesnn.tracking.report_pictures import write_pictures
 
 __all__ = ["add_report_command", "write_report"]
@@ -37,42 +38,97 @@ def add_report_command(commands: Any) -> None:
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder (it has metrics.jsonl)")
+    add(
+        "--reference",
+        metavar="NAME|FILE",
+        help="a published run to compare with, such as sew_resnet34 (default: the first run's --reference)",
+    )
     add("-o", "--output", type=Path, help="folder to write to (default: report in the first run's folder)")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     output = args.output or args.runs[0] / "report"
-    page = write_report(args.runs, output)
+    page = write_report(args.runs, output, args.reference)
+    runs = [load_run(folder) for folder in args.runs]
+    reference = reference_of(runs, args.reference)
+    if reference is not None:
+        for run in runs:
+            print(f"scalesnn: {run.name} against {reference.name}: {verdict(run, reference)}")
     print(f"scalesnn: {page} and {len(list(output.glob('*.png')))} pictures beside it")
     return 0
 
 
-def write_report(folders: list[Path], output: Path) -> Path:
+def write_report(folders: list[Path], output: Path, reference: str | None = None) -> Path:
     """Write report.html and the PNG files of the runs in ``folders`` into ``output``; returns the page's
     path.
 
+    Args:
+        reference: name or file of a published run, whose curve is drawn beside theirs; None: the first run's
+            ``--reference``, if it had one.
+
     Raises:
-        UserError: a folder is not a run's, or the output cannot be written.
+        UserError: a folder is not a run's, there is no such reference, or the output cannot be written.
     """
     runs = [load_run(folder) for folder in folders]
+    expected = reference_of(runs, reference)
     try:
         output.mkdir(parents=True, exist_ok=True)
         page = output / "report.html"
-        page.write_text(_page(runs), encoding="utf-8")
-        write_pictures(runs, output)
+        page.write_text(_page(runs, expected), encoding="utf-8")
+        write_pictures([*runs, *([] if expected is None else [curve_of(expected, runs[0])])], output)
     except OSError as error:
         raise UserError(f"cannot write the report to {output}: {error}") from None
     return page
 
 
-def _page(runs: list[RunData]) -> str:
+def reference_of(runs: list[RunData], name: str | None) -> Reference | None:
+    """The reference that is asked for, else that of the first run's settings if it is still there.
+
+    Raises:
+        UserError: the one that is asked for is none.
+    """
+    if name is not None:
+        return load_reference(name)
+    try:
+        return load_reference(str(own)) if (own := runs[0].setting("reference")) else None
+    except UserError:
+        return None
+
+
+def verdict(run: RunData, reference: Reference) -> str:
+    """Whether a run is on track, since when, and how it differs from the reference."""
+    series = run.series.get("test:acc1", {"epoch": [], "y": []})
+    pairs = zip(series["epoch"], series["y"], strict=True)
+    text = reference.verdict([(e + 1, y) for e, y in pairs if e is not None and y is not None])
+    settings = {name: run.setting(name) for name in reference.settings}
+    if batch := run.setting("batch_size"):
+        accumulation = run.setting("gradient_accumulation") or 1
+        settings["global_batch"] = batch * (run.config.get("world_size") or 1) * accumulation
+    others = reference.differences(settings)
+    return text + (f" (the run has {', '.join(others)})" if others else "")
+
+
+def _page(runs: list[RunData], reference: Reference | None = None) -> str:
     names = sorted(set().union(*(run.config for run in runs)))
     shorts = short_names([run.name for run in runs])
+    shown = [_run_data(run, short) for run, short in zip(runs, shorts, strict=True)]
+    columns, differences = list(runs), config_differences(runs) if len(runs) > 1 else []
+    if reference is not None:
+        curve = curve_of(reference, runs[0])
+        epochs, best = list(reference.top1.items())[-1]
+        facts = [("from", reference.source), (f"after {epochs} epochs", f"{best} %")]
+        for data, run in zip(shown, runs, strict=True):
+            data["facts"].append((f"against {reference.name}", verdict(run, reference)))
+        shown.append({**_run_data(curve, "reference"), "facts": facts})
+        columns.append(curve)
+        own = {name for name, _ in differences} | set(curve.config)
+        rows = [(name, [run.config.get(name) for run in columns]) for name in sorted(own)]
+        differences = [(name, values) for name, values in rows if any(v != values[0] for v in values)]
     data = {
-        "runs": [_run_data(run, short) for run, short in zip(runs, shorts, strict=True)],
-        "differences": config_differences(runs) if len(runs) > 1 else [],
-        "settings": [(name, [run.config.get(name) for run in runs]) for name in names],
+        "runs": shown,
+        "differences": differences,
+        "settings": [(name, [run.config.get(name) for run in columns]) for name in names],
     }
     text = json.dumps(strict_json(_as_lists(data)), ensure_ascii=False, separators=(",", ":"), default=str)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"

@@ -11,8 +11,9 @@ import yaml
 
 from scalesnn.base import UserError
 from scalesnn.tracking.jsonl import read_jsonl
+from scalesnn.tracking.reference import Reference
 
-__all__ = ["RunData", "config_differences", "load_run", "thinned"]
+__all__ = ["RunData", "config_differences", "curve_of", "load_run", "thinned"]
 
 MOST_POINTS = 1500
 _LAYER_METRICS = {
@@ -97,6 +98,23 @@ def load_run(folder: Path) -> RunData:
             run.health.append(measured)
     run.series = {name: thinned(series) for name, series in run.series.items()}
     return run
+
+
+def curve_of(reference: Reference, run: RunData) -> RunData:
+    """A reference's curve as a run of its own, on the axes of ``run``, as far as the next known epoch after
+    where that run is."""
+    ends = run.series.get("test:acc1") or {axis: [] for axis in (*_AXES, "y")}
+    done = max((epoch + 1 for epoch in ends["epoch"] if epoch is not None), default=0)
+    known = list(reference.top1)
+    last = next((epoch for epoch in known if epoch >= done), known[-1])
+    curve = RunData(f"reference {reference.name}", run.folder)
+    curve.config = {f"settings.{name}": value for name, value in reference.settings.items()}
+    per_epoch = {axis: (ends[axis][-1] or 0) / done if done else 0 for axis in _AXES if axis != "epoch"}
+    for epoch in range(known[0], last + 1):
+        if (top1 := reference.expected(epoch)) is not None:
+            axes = {axis: value * epoch for axis, value in per_epoch.items()}
+            _append(curve.series.setdefault("test:acc1", {}), {**axes, "epoch": epoch - 1}, top1)
+    return curve
 
 
 def thinned(series: dict[str, list[Any]], most: int = MOST_POINTS) -> dict[str, list[Any]]:

@@ -21,6 +21,7 @@ import torch
 from scalesnn.base import UserError, speak_utf8
 from scalesnn.configs import find_config
 from scalesnn.parallel.devices import unusable_gpu
+from scalesnn.tracking.reference import load_reference
 from scalesnn.training.fine_tuning import check_fine_tuning
 from scalesnn.training.recipes import read_recipe, words_of
 
@@ -251,6 +252,12 @@ def add_run_arguments(parser: RecipeParser) -> None:
     group.add_argument(
         "--resume", default=None, metavar="PATH", help="latest, best, or the path of a run or a checkpoint"
     )
+    group.add_argument(
+        "--reference",
+        default=None,
+        metavar="NAME|FILE",
+        help="published run to compare with, such as sew_resnet34: its rate, its curve in the report",
+    )
     group.add_argument("--start-epoch", default=0, type=int, metavar="N", help="number of the first epoch")
     group.add_argument(
         "--max-steps", default=None, type=int, metavar="N", help="stop there, save and evaluate"
@@ -316,6 +323,8 @@ def check_arguments(args: Any) -> None:
         problem = unusable_gpu() or "torch sees no GPU here"
         raise UserError(f"--device {args.device}: {problem}; leave the flag out or give --device cpu")
     check_fine_tuning(args)
+    if args.reference is not None:
+        load_reference(args.reference)
     if args.pretrained and args.init_from is not None:
         raise UserError(
             f"--pretrained and --init-from {args.init_from} both name weights: leave one of them out"

@@ -20,6 +20,7 @@ from scalesnn.memory import prepare as prepare_memory
 from scalesnn.parallel.start_again import again
 from scalesnn.parallel.strategy import Strategy
 from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker, create_tracker
+from scalesnn.tracking.reference import load_reference
 from scalesnn.tracking.timer import peak_memory
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.data_identity import describe_data
@@ -262,6 +263,8 @@ def open_run(
         )
         ema = ModelEma(strategy, decay, args.model_ema_steps)
     notices = [*chosen.notices, *data.notices, *memory.notices]
+    if args.reference is not None and args.resume is None and not args.test_only:
+        notices.append(load_reference(args.reference).notice(args.lr, global_batch * strategy.accumulation))
     told = again()
     if told is not None:
         notices.append(f"{told.said}: all ranks started again with {told.policy}")

@@ -144,6 +144,7 @@ def train(images, folder, *words):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--reference", "nowhere"], "--reference nowhere: no such file, and none of the shipped ones: "),
         (["--freeze", "layer7.*"], "--freeze layer7.*: no parameter has such a name; near are 'layer"),
         (["--freeze", "*"], "--freeze * leaves no parameter to train"),
         (["--lr-scale", "fc.*"], "expected PATTERN=FACTOR such as 'layer1.*=0.1', got 'fc.*'"),
@@ -165,8 +166,9 @@ def test_a_run_says_what_learns_and_a_recipe_may_set_it(images, tmp_path, capsys
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("freeze: ['conv1.*', 'bn1.*', 'layer[12].*']\nlr_scale: ['layer?.*=0.1']\nlr: 0.02\n")
     words = ["--config", recipe, "--run-name", "a", "--lr-warmup-epochs", 0, "--spike-metrics-every", 1]
-    first = train(images, tmp_path, *words, "--max-steps", "1")
+    first = train(images, tmp_path, *words, "--max-steps", "1", "--reference", "sew_resnet34")
     said = capsys.readouterr().out
+    assert "for this run's 4 the linear rule gives --lr 0.0015625, and not 0.02" in said
     assert "frozen     30 of 62 parameters, " in said
     assert "10 BatchNorms keep their running statistics" in said
     assert "rates      0.02 for 2 parameters, 0.002 for 30 parameters" in said
