@@ -151,10 +151,10 @@ class _BatchNorm(_NormUnit, BatchNorm):
         before = self.running_var.clone() if self.training and self.running_var is not None else None
         y = normalise(x[0])
         if before is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+            momentum = 1 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
             scale = (n - 1) / n * (n * x.shape[0]) / (n * x.shape[0] - 1)
             # .data: autograd keeps running_var with the graph, unread, and would complain of the change
-            self.running_var.data.mul_(scale).add_(before, alpha=(1 - momentum) * (1 - scale))
+            self.running_var.data.mul_(scale).add_(before * ((1 - momentum) * (1 - scale)))
         return y.expand(x.shape[0], *y.shape)
 
     def _normalise_over_group(self, x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from scalesnn.training.arguments import (
     check_arguments,
     check_weights,
 )
+from scalesnn.training.compiling import check_compile, compile_network
 from scalesnn.training.elastic import add_elastic_arguments, apply_global_batch
 from scalesnn.training.ema import ModelEma
 from scalesnn.training.hang_watch import HangWatch, add_hang_arguments
@@ -264,6 +265,7 @@ class Trainer:
         args.distributed, args.world_size = self.topology.world_size > 1, self.topology.world_size
         args.rank, args.gpu = self.topology.rank, self.topology.local_rank  # SpikingJelly's hooks read these
         self.device = strategy.setup_device(args.device)
+        check_compile(args, strategy)
         if self.device.type == "cpu":
             keep_freed_blocks()
         if args.preflight:
@@ -320,6 +322,7 @@ class Trainer:
         check_work(args, data, strategy)
         model, memory = build_model(self, args, data, strategy)
         introduce(self, args, chosen.path, data, model, strategy)
+        compile_network(args, model)
         strategy.prepare(
             model,
             lambda network: build_optimizer(self, args, network),

@@ -275,6 +275,11 @@ def add_run_arguments(parser: RecipeParser) -> None:
         "--tf32", action="store_true", help="float32 products in TF32 on a GPU (factors of 10 bits, faster)"
     )
     group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network's training steps (without recomputation)",
+    )
+    group.add_argument(
         "--disable-uda",
         action="store_true",
         help="do not insist on deterministic algorithms (faster on a GPU)",

@@ -343,6 +343,7 @@ def open_run(
         memory.table,
         memory.planned_bytes,
         lambda: peak_memory(strategy.device)["memory/peak_bytes"],
+        held_by="--compile" if args.compile else None,
     )
     run = Run(
         args,

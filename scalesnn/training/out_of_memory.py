@@ -67,6 +67,7 @@ class Fallback:
         notice: where a line for the log goes.
         table: makes the plan's table for the error at the end.
         planned: the predicted peak in bytes; logged beside ``measured()`` once the first steps are over.
+        held_by: a flag under which the policy cannot change.
     """
 
     def __init__(
@@ -78,9 +79,10 @@ class Fallback:
         table: Callable[[], str] | None = None,
         planned: int | None = None,
         measured: Callable[[], float] = lambda: 0.0,
+        held_by: str | None = None,
     ) -> None:
         self.model, self.together, self.notice, self.table = model, together, notice, table
-        self.planned, self.measured = planned, measured
+        self.planned, self.measured, self.held_by = planned, measured, held_by
         self.left = FIRST_STEPS
         self.next = policies_below(policy_of(model), T)
 
@@ -157,6 +159,11 @@ class Fallback:
             )
 
     def _next_policy(self, said: str) -> Policy:
+        if self.held_by is not None:
+            raise UserError(
+                f"out of memory with {self.held_by}, which leaves no other --activation-checkpoint to try: "
+                f"leave it out, or reduce batch or T ({said})"
+            )
         if self.next:
             return self.next.pop(0)
         table = f"\n{self.table()}" if self.table else ""

@@ -27,7 +27,7 @@ NOT_OF_THE_RUN = frozenset((
     "dist_timeout", "verbose", "ddp_static_graph", "max_requeues", "no_requeue", "hang_timeout",
     "preflight", "no_cpu_binding", "prototype", "wandb", "wandb_project", "wandb_entity", "wandb_name",
     "wandb_group", "wandb_tags", "wandb_notes", "wandb_log_model", "metrics_every",
-    "spike_metrics_every", "profile", "reference",
+    "spike_metrics_every", "profile", "reference", "compile", "cuda_graph",
 ))
 # fmt: on
 LENGTH = "epochs"  # of the run too, but no part of its name: a longer run goes on where the shorter one ended
