@@ -60,6 +60,7 @@ from scalesnn.training.random_state import random_state, restore_random_state
 from scalesnn.training.rank_logs import RankLog
 from scalesnn.training.run_name import default_name
 from scalesnn.training.sample_recipe import take_sample_recipe
+from scalesnn.training.step_graph import check_cuda_graph, check_fused
 from scalesnn.training.summary import introduce
 from scalesnn.training.user_data import as_data
 
@@ -266,6 +267,7 @@ class Trainer:
         args.rank, args.gpu = self.topology.rank, self.topology.local_rank  # SpikingJelly's hooks read these
         self.device = strategy.setup_device(args.device)
         check_compile(args, strategy)
+        check_cuda_graph(args, strategy)
         if self.device.type == "cpu":
             keep_freed_blocks()
         if args.preflight:
@@ -315,6 +317,7 @@ class Trainer:
     ) -> None:
         """Open data, network and run; ``stack`` closes them. ``said``: notices of the shipped images."""
         resumption = take_settings(self, args, chosen, strategy)
+        check_cuda_graph(args, strategy)  # a resumed run may accumulate
         watch = HangWatch(args.hang_timeout, chosen.path, strategy.rank, strategy.world_size)
         data = as_data(self.load_data(args), args, self.device)
         stack.callback(data.close)
@@ -328,6 +331,8 @@ class Trainer:
             lambda network: build_optimizer(self, args, network),
             lambda optimizer: self.set_lr_scheduler(args, optimizer),
         )
+        if args.cuda_graph:
+            check_fused(strategy.optimizer)
         self.run = open_run(args, chosen, resumption, strategy, data, memory, preemption, watch)
         stack.callback(self.run.tracker.close, {"state": "failed"})  # unless it is closed by then
         stack.callback(self.run.profiler.close)

@@ -162,8 +162,9 @@ def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Put saved options back into a parameter group; options that the group does not know are left out."""
+    """Put saved options back into a parameter group; options that the group does not know, and those that say
+    how a step is computed, are left out."""
     for key, value in saved.items():
-        if key in group and key != "params":
+        if key in group and key not in ("params", "fused", "foreach", "capturable"):
             old = group[key]
             group[key] = torch.full_like(old, value) if isinstance(old, Tensor) else value

@@ -292,7 +292,11 @@ class Strategy(StrategyState, ABC):
         if not self.gradients_complete:
             return StepResult(None, False)
         self._micro_batches = 0
-        result = self._step()
+        return self.count(self._step())
+
+    def count(self, result: StepResult) -> StepResult:
+        """Count a step that was taken, or deal with one that was left out; see ``step``."""
+        self._micro_batches = 0
         if result.skipped:
             self._not_finite()
         else:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -66,6 +66,7 @@ class StepTimer:
         self._pairs: list[tuple[str, Any, Any]] = []
         self._spare: list[Any] = []
         self._gradient_end: Any = None
+        self._paused = False
         self._running: float | None = None  # since when the wall clock of `data` runs; None: it stands
         self._wall = 0.0
         self._batches = self._images = 0
@@ -96,7 +97,16 @@ class StepTimer:
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """A context whose duration counts as ``name``: "forward", "backward", "optimizer", …"""
-        return _Phase(self, name)
+        return nullcontext() if self._paused else _Phase(self, name)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, phases are not timed: a step that is recorded takes no time of its own."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def watch_communication(self, model: nn.Module) -> None:
         """Split what is left of "backward" after the last gradient off as "communication".
@@ -165,7 +175,8 @@ class StepTimer:
         return event
 
     def _last_gradient(self, parameter: torch.Tensor) -> None:
-        self._gradient_end = self._now()
+        if not self._paused:
+            self._gradient_end = self._now()
 
     def _add(self, name: str, start: Any) -> None:
         end = self._now()

@@ -280,6 +280,11 @@ def add_run_arguments(parser: RecipeParser) -> None:
         help="torch.compile the network's training steps (without recomputation)",
     )
     group.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="record the training step as a CUDA graph after 3 steps: no launches from the host (one GPU)",
+    )
+    group.add_argument(
         "--disable-uda",
         action="store_true",
         help="do not insist on deterministic algorithms (faster on a GPU)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scalesnn import functional
 from scalesnn.base import UserError
-from scalesnn.parallel.strategy import Strategy
+from scalesnn.parallel.strategy import StepResult, Strategy
 from scalesnn.tracking import NullTracker, SpikeMonitor, StepProfiler, StepTimer, Tracker
 from scalesnn.training.checkpoint import CheckpointManager, Progress
 from scalesnn.training.ema import ModelEma
@@ -24,6 +24,7 @@ from scalesnn.training.hang_watch import HangWatch
 from scalesnn.training.metrics import Averages, fit_targets
 from scalesnn.training.out_of_memory import Fallback
 from scalesnn.training.preemption import Preemption
+from scalesnn.training.step_graph import StepGraph
 
 if TYPE_CHECKING:
     from scalesnn.model.train_classify import Trainer
@@ -57,6 +58,7 @@ class Run:
     unevaluated: dict[str, Any] | None = None  # step and epoch of a checkpoint, saved but not evaluated yet
     saved: Path | None = None  # the newest checkpoint
     saved_progress: Progress | None = None  # of its moment
+    graph: StepGraph | None = None  # of --cuda-graph
 
     @property
     def batches_per_epoch(self) -> int:
@@ -121,14 +123,16 @@ def train_one_epoch(
     model.train()
     run.averages = run.averages or Averages(NAMES, run.device)
     of_step = Averages(NAMES, run.device)
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, StepResult]]
+    step = partial(one_step, trainer, model, criterion)
+    if args.cuda_graph:
+        learn = partial(forward_and_backward, trainer, model, criterion)
+        if run.graph is None:
+            run.graph = StepGraph(strategy, timer, lambda: run.spikes.due(progress.step + 1), step, learn)
+        step = run.graph
     left = max(0, run.batches_per_epoch - progress.batch)  # below 0 where images were removed
     for images, targets in timer.data(islice(loader.epoch(epoch, progress.batch), left)):
-        learn = partial(forward_and_backward, trainer, model, criterion, images, targets)
-        output_NK, loss = run.fallback.run(learn)  # again with less memory, where the first steps run out
-        if strategy.gradients_complete:
-            run.spikes.take_gradients(progress.step + 1, strategy.gradient_norms)
-        with timer.phase("optimizer"):
-            result = strategy.step()
+        output_NK, loss, result = step(images, targets)
 
         run.hang_watch.tick()
         run.profiler.step()
@@ -152,6 +156,19 @@ def train_one_epoch(
         if due and progress.batch < run.batches_per_epoch:  # at its end an epoch is saved anyway
             run.save()
     return run.averages.means(strategy.reduce_sum)
+
+
+def one_step(
+    trainer: Trainer, model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, StepResult]:
+    """Forward, backward and update: (logits [N, classes], detached; mean loss; what the update did)."""
+    run = trainer.run
+    learn = partial(forward_and_backward, trainer, model, criterion, images, targets)
+    output_NK, loss = run.fallback.run(learn)  # again with less memory, where the first steps run out
+    if run.strategy.gradients_complete:
+        run.spikes.take_gradients(run.progress.step + 1, run.strategy.gradient_norms)
+    with run.timer.phase("optimizer"):
+        return output_NK, loss, run.strategy.step()
 
 
 def forward_and_backward(

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from scalesnn import functional, layer, neuron, surrogate
 from scalesnn.base import UserError
 from scalesnn.memory import apply_policy
-from scalesnn.memory.fallback import Fallback
 from scalesnn.model import spiking_resnet
 from scalesnn.model.train_imagenet_example import SResNetTrainer
 from scalesnn.training import compiling
 from scalesnn.training.compiling import CompiledForward, check_compile, compile_network
+from scalesnn.training.out_of_memory import Fallback
 
 GIVEN = ["--config", "sample", "--max-steps", "5", "--batch-size", "8", "--T", "2", "--metrics-every", "1"]
 GIVEN += ["--spike-metrics-every", "3", "--device", "cpu", "--wandb", "disabled", "--no-cpu-binding"]
