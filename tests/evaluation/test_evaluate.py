@@ -110,6 +110,12 @@ def test_two_ranks_count_every_image_once(weights: Path, images: Path, tmp_path:
     assert two["confused"] == one["confused"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert done.stdout.count("most confused") == 1
+    tables = [tmp_path / "two.csv", tmp_path / "one.csv"]
+    words = ["energy", *common[1:-4], "--T=2", *FLAGS, "--csv"]
+    subprocess.run([*torchrun, "-m", "scalesnn.cli", *words, str(tables[0])], env=environment(), check=True)
+    assert main([*words, str(tables[1])]) == 0
+    of_two, of_one = ([row["synops"] for row in csv.DictReader(table.open())] for table in tables)
+    assert of_two == of_one
 
 
 @pytest.mark.long
