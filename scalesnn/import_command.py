@@ -126,11 +126,16 @@ def fitting_net(file: Path, model: str, published: Published) -> nn.Module:
     settings: dict[str, Any] = {"num_classes": len(tensors["fc.weight"]), "in_channels": stem.shape[1]}
     if published.neurons == "PLIF":
         settings["spiking_neuron"] = neuron.ParametricLIFNode
-    with torch.device("meta"):
-        net = model_makers()[model](**settings)
-    if wrong := misfits(net.state_dict(), tensors):
-        raise UserError(f"{file} does not fit {model}: {wrong}")
-    return net
+
+    def made(name: str) -> nn.Module:
+        with torch.device("meta"):
+            return model_makers()[name](**settings)
+
+    if wrong := misfits(made(model).state_dict(), tensors):
+        kin = [name for name in model_makers() if name.startswith(model.partition("_")[0])]
+        fits = next((name for name in kin if not misfits(made(name).state_dict(), tensors)), None)
+        raise UserError(f"{file} does not fit {model}: {f'it is a {fits}; ' if fits else ''}{wrong}")
+    return made(model)
 
 
 def settings_of(model: str, weights: Weights, published: Published) -> dict[str, Any]:

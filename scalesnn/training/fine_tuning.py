@@ -123,7 +123,7 @@ def describe_fine_tuning(args: Any, model: nn.Module) -> dict[str, str]:
         values = sum(p.numel() for p in frozen), sum(p.numel() for p in parameters.values())
         facts["frozen"] = (
             f"{len(frozen)} of {len(parameters)} parameters, {values[0]:,} of {values[1]:,} values; "
-            f"{norms} BatchNorms keep their running statistics"
+            f"{norms} BatchNorm{'s keep their' if norms != 1 else ' keeps its'} running statistics"
         )
     if getattr(args, "lr_scale", None):
         factors = rate_factors(model, args.lr_scale)

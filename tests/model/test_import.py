@@ -98,7 +98,10 @@ def test_the_ms_authors_net(x, tmp_path, capsys):
     assert settings_in(output) == {"model": "ms_resnet18", "T": 6}
     assert_same_logits(ms_resnet.ms_resnet18(num_classes=CLASSES), theirs, x, load_file(output))
     assert command([*words, "ms_resnet34"]) == 2
-    assert "does not fit ms_resnet34: it lacks layer1.2.conv1.weight" in capsys.readouterr().err
+    assert (
+        "does not fit ms_resnet34: it is a ms_resnet18; it lacks layer1.2.conv1.weight"
+        in capsys.readouterr().err
+    )
     assert command([*words, "sew_resnet18"]) == 2
     assert "give ms_resnet18 or another of its kind" in capsys.readouterr().err
 
