@@ -139,10 +139,7 @@ def _of_content(content: Any, path: Path, said: Mapping[str, Any]) -> Weights:
     """Unwrap what a file holds; ``said`` is what ``scalesnn export`` wrote of it, if that made the file."""
     settings: Any = content.get("args") if isinstance(content, Mapping) else None
     notices = []
-    while isinstance(content, Mapping):
-        inside = [w for w in WRAPPERS if isinstance(content.get(w), Mapping)]
-        if not inside:
-            break
+    while inside := [w for w in WRAPPERS if isinstance(content, Mapping) and _holds_tensors(content.get(w))]:
         if len(inside) > 1:
             notices.append(f"{path} holds {', '.join(inside)}: {inside[0]} is taken")
         content = content[inside[0]]
@@ -155,11 +152,19 @@ def _of_content(content: Any, path: Path, said: Mapping[str, Any]) -> Weights:
     return Weights(tensors, str(path), _json(said, "classes", []), settings, notices)
 
 
+def _holds_tensors(content: Any, deepest: int = 3) -> bool:
+    """Whether this is a state dict, or a few wrappers around one."""
+    if not isinstance(content, Mapping) or not deepest:
+        return False
+    plain = any(isinstance(value, Tensor) for value in content.values())
+    return plain or any(_holds_tensors(content.get(w), deepest - 1) for w in WRAPPERS)
+
+
 def _json(said: Mapping[str, Any], key: str, default: Any) -> Any:
     """A value that ``scalesnn export`` wrote as JSON; ``default`` where there is none of that type."""
     try:
         value = json.loads(said.get(key) or "null")
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         return default
     return value if isinstance(value, type(default)) else default
 

@@ -94,7 +94,7 @@ def matching(flag: str, patterns: Sequence[str], names: Iterable[str]) -> list[s
         own = [name for name in names if fnmatchcase(name, pattern)]
         if not own:
             raise UserError(
-                f"{flag} {pattern}: no parameter has such a name; near are {near(pattern, names)}"
+                f"{flag} {pattern}: no parameter has such a name; the nearest: {near(pattern, names)}"
             )
         found += own
     return found

@@ -24,6 +24,7 @@ from scalesnn.training.export import read_weights
 __all__ = ["initialise", "locate", "open_weights"]
 
 FLAG = "--init-from"
+OF_THE_NET = ("model", "T", "neuron", "surrogate", "cnf", "stem_pool")
 POINTERS = ("latest", "best", "index.json")
 
 
@@ -70,8 +71,21 @@ def initialise(args: Any, model: nn.Module, classes: list[str], strategy: Strate
     same_size = not any("classifier" in end for end in fit.ends)
     if weights.classes and same_size and list(weights.classes) != list(classes):
         notices.append("its classes have other names or another order, and its classifier is taken as it is")
+    if others := other_settings(args, weights.settings):
+        notices.append(f"they were trained with {', '.join(others)}")
     told = "".join(f"; {notice}" for notice in notices)
     return [f"weights and buffers are from {weights.source}, by {FLAG}{told}"]
+
+
+def other_settings(args: Any, trained: dict[str, Any]) -> list[str]:
+    """In which settings of the network this run differs from the one that the weights are from."""
+    found = []
+    for name in OF_THE_NET:
+        if name in trained and hasattr(args, name):
+            there, here = (s or "IF" if name == "neuron" else s for s in (trained[name], getattr(args, name)))
+            if there != here:
+                found.append(f"{name} {there}, here {here}")
+    return found
 
 
 def locate(name: str, output_dir: str | Path | None = None) -> Path | None:

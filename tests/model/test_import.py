@@ -208,6 +208,14 @@ def test_spikingjelly_s_ms_net(x):
     assert_same_logits(ms_resnet.ms_resnet18(num_classes=CLASSES), theirs, x, published.tensors)
 
 
+def test_plif_neurons_of_old_containers_keep_their_parameter():
+    keys = ["sn1.w", "layer2.0.sn2.w", "layer2.0.downsample.0.module.0.weight", "layer2.0.downsample.1.w"]
+    published = rename({key: torch.ones(()) for key in keys}, "sew")
+    assert published.neurons == "PLIF"
+    new = ["sn1.w", "layer2.0.sn2.w", "layer2.0.downsample.0.weight", "layer2.0.downsample_sn.w"]
+    assert list(published.tensors) == new
+
+
 def test_old_if_neurons_are_ours():
     x = torch.rand(9, 50) * 1.5
     assert torch.equal(neuron.IFNode(step_mode="m")(x), OldIF()(x))

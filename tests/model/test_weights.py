@@ -3,6 +3,7 @@
 import argparse
 import io
 import pickle
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -78,6 +79,31 @@ def test_of_two_wrappers_the_weights_are_taken_and_it_is_said(state, tmp_path):
     weights = read_weights_file(tmp_path / "net.pt")
     assert list(weights.tensors) == list(state)
     assert "holds model, ema: model is taken" in weights.notices[0]
+
+
+def test_a_wrapper_without_tensors_is_none(state, tmp_path):
+    torch.save({"model": {"name": "resnet18"}, "state_dict": state}, tmp_path / "net.pt")
+    assert list(read_weights_file(tmp_path / "net.pt").tensors) == list(state)
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    content: dict = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(UserError, match="holds no weights"):
+        read_weights_file(tmp_path / "net.pt")
+
+
+def test_odd_metadata_are_none(state, tmp_path):
+    odd = OrderedDict(state)
+    odd._metadata = ["classes"]
+    torch.save(odd, tmp_path / "net.pt")
+    assert read_weights_file(tmp_path / "net.pt").classes == []
+
+
+def test_files_in_the_format_before_torch_1_6(state, tmp_path):
+    torch.save({"model": state}, tmp_path / "net.pt", _use_new_zipfile_serialization=False)
+    assert list(read_weights_file(tmp_path / "net.pt").tensors) == list(state)
 
 
 def saved(content):

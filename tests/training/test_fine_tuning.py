@@ -120,10 +120,10 @@ def test_groups_by_rate_and_decay_and_the_optimizer_s_first():
 @pytest.mark.parametrize(
     ("pattern", "near"),
     [
-        ("layer1", "near are 'layer1.*'"),
-        ("layer9.*", "near are 'layer4.*', "),
-        ("fc.wieght", "near are 'fc.weight'"),
-        ("backbone.*", "near are "),
+        ("layer1", "the nearest: 'layer1.*'"),
+        ("layer9.*", "the nearest: 'layer4.*', "),
+        ("fc.wieght", "the nearest: 'fc.weight'"),
+        ("backbone.*", "the nearest: "),
     ],
 )
 def test_a_pattern_that_matches_nothing_names_what_is_near(pattern, near):
@@ -145,12 +145,12 @@ def train(images, folder, *words):
     ("words", "said"),
     [
         (["--reference", "nowhere"], "--reference nowhere: no such file, and none of the shipped ones: "),
-        (["--freeze", "layer7.*"], "--freeze layer7.*: no parameter has such a name; near are 'layer"),
+        (["--freeze", "layer7.*"], "--freeze layer7.*: no parameter has such a name; the nearest: 'layer"),
         (["--freeze", "*"], "--freeze * leaves no parameter to train"),
         (["--lr-scale", "fc.*"], "expected PATTERN=FACTOR such as 'layer1.*=0.1', got 'fc.*'"),
         (["--lr-scale", "fc.*=fast"], "expected PATTERN=FACTOR"),
         (["--lr-scale", "fc.*=0"], "must be above 0; what shall not learn takes --freeze"),
-        (["--lr-scale", "head.*=0.1"], "--lr-scale head.*: no parameter has such a name; near are "),
+        (["--lr-scale", "head.*=0.1"], "--lr-scale head.*: no parameter has such a name; the nearest: "),
         (["--freeze", "fc.*", "--freeze", "bn1.*"], "--freeze is given twice: give all its values after one"),
     ],
 )

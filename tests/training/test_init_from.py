@@ -112,11 +112,17 @@ def test_another_head_is_told_and_not_tested(place, images, tmp_path, capsys):
     assert "a new classifier for 4 classes (theirs is for 10): train it first" in said
 
 
-def test_other_names_of_as_many_classes_are_told(place, images, tmp_path, capsys):
+def test_other_names_of_as_many_classes_and_other_settings_are_told(place, images, tmp_path, capsys):
     state = torchvision.models.resnet18(num_classes=4).state_dict()
-    save_file(state, tmp_path / "net.safetensors", metadata={"classes": '["ant", "bee", "cat", "dog"]'})
+    about = {
+        "classes": '["ant", "bee", "cat", "dog"]',
+        "settings": '{"T": 8, "neuron": "PLIF", "surrogate": "ATan"}',
+    }
+    save_file(state, tmp_path / "net.safetensors", metadata=about)
     train(images, tmp_path, "--init-from", tmp_path / "net.safetensors", "--test-only")
-    assert "its classes have other names" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "its classes have other names" in said
+    assert "they were trained with T 8, here 2, neuron PLIF, here IF\n" in said
 
 
 def test_torchvision_s_weights_by_their_name(images, tmp_path, monkeypatch):
