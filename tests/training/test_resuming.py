@@ -371,9 +371,6 @@ trainer.main(trainer.get_args_parser().parse_args())
 """
 
 
-@pytest.mark.xfail(
-    strict=False, reason="its first, unbroken training ended with 1 on 2026-11-25: unexplained"
-)
 @pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
