@@ -114,7 +114,9 @@ def _build(code: str, path: Path, flags: tuple[str, ...]) -> None:
                 verbose=False,
             )
         except RuntimeError as error:
-            raise RuntimeError(f"the C++ compiler failed: {error}") from error
+            said = str(error).splitlines()
+            cause = next((line.strip() for line in said if "error: " in line), said[0])
+            raise RuntimeError(f"the C++ compiler failed: {cause}") from error
         made, digest = Path(folder) / f"{path.stem}.so", Path(folder) / "digest"
         digest.write_text(_digest(made), encoding="ascii")
         os.replace(digest, path.with_suffix(".sha256"))
