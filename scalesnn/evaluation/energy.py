@@ -66,7 +66,7 @@ class Energy(EvaluationTrainer):
         self.counter = SynapseCounter(network)
         means = self.evaluate_all(args)
         if self.run.interrupted:
-            return super()._test(args)
+            return self.code_of_signal()
         self.rows = rows_of(self.counter.layers(), self.run.strategy)
         if self.run.strategy.is_main:
             for name, module in network.named_modules():

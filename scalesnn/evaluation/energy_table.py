@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from scalesnn.evaluation.energy_costs import Costs, Row, totals_of
@@ -52,7 +53,7 @@ def sums_of(rows: Sequence[Row], costs: Costs) -> list[tuple[str, float]]:
 
 def print_table(rows: Sequence[Row], costs: Costs, title: str, means: dict[str, float]) -> None:
     """Show the table and the sums."""
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for name in COLUMNS:
         table.add_column(name.strip(), justify="left" if name in COLUMNS[:2] else "right", no_wrap=True)
     for row in rows:
@@ -66,7 +67,9 @@ def print_table(rows: Sequence[Row], costs: Costs, title: str, means: dict[str, 
         "For one image. MACs: of one time-step. rate: mean input, spikes a step. SynOps and the µJ beside "
         "them: exact, borders included. MACs·T·rate: the papers' convention."
     )
-    console.print(f"{costs.name}: {costs.mac:g} pJ a multiply-accumulate, {costs.ac:g} pJ an addition")
+    console.print(
+        f"{costs.name}: {costs.mac:g} pJ a multiply-accumulate, {costs.ac:g} pJ an addition", markup=False
+    )
     for name, energy in sums_of(rows, costs):
         share = "" if name.startswith("ANN") else f"  ({100 * energy / totals.ann:.1f} % of the ANN's)"
         console.print(f"  {name:<44} {energy:.4g} mJ{share}")

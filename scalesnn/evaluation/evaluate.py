@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -66,7 +67,8 @@ class Evaluate(EvaluationTrainer):
     def process_model_output(self, args: Any, y: Tensor) -> Tensor:
         """The mean over time; with --flip over the two images."""
         if args.flip:
-            y = y.unflatten(1, (2, -1)).mean(1)
+            images = y.shape[1] // 2
+            y = (y[:, :images] + y[:, images:]) / 2
         self.logits = y
         return super().process_model_output(args, y)
 
@@ -86,22 +88,24 @@ class Evaluate(EvaluationTrainer):
         self.tally = Tally(self.steps, len(run.data.classes), self.device)
         together = prefixes_hold(run.strategy.module) or bool(run.data.frames_shape)
         start, means = time.monotonic(), {}
-        for counted in [self.steps] if together else [[T] for T in self.steps]:
+        passes = [self.steps] if together else [[T] for T in self.steps]
+        for counted in passes:
             self.counted, args.T = counted, max(args.T, counted[-1]) if together else counted[-1]
             means = self.evaluate_all(args)
         found = self.tally.close(run.strategy.reduce_sum)
         if run.interrupted:
-            return super()._test(args)
+            return self.code_of_signal()
         seconds = time.monotonic() - start
         if run.strategy.is_main:
-            report(self, args, found, {**means, "images_per_s": found[0].images / max(seconds, 1e-9)})
+            speed = len(passes) * found[0].images / max(seconds, 1e-9)
+            report(self, args, found, {**means, "images_per_s": speed})
         return 0
 
 
 def report(command: Evaluate, args: Any, found: list[Accuracy], means: dict[str, float]) -> None:
     """Print the figures, and write the files that were asked for."""
     classes = list(command.run.data.classes)
-    table = Table(title=f"{command.weights.source}, {args.model}")
+    table = Table(title=escape(f"{command.weights.source}, {args.model}"))
     for column in ("T", "top-1 %", "95 % interval", "top-5 %", "right", "images"):
         table.add_column(column, justify="right")
     for accuracy in found:

@@ -13,6 +13,7 @@ NETWORK = {
     "tau": "time constant",
     "surrogate": "class of scalesnn.surrogate",
     "cnf": "SEW-ResNet: ADD, AND or IAND",
+    "stem_pool": "pooling after the first neuron: max or avg",
     "T": "time-steps",
     "val_resize_size": "shorter side to which an image is resized",
     "val_crop_size": "side of the crop that the net sees",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,7 @@ __all__ = ["EvaluationTrainer", "prefixes_hold", "say", "steps_of"]
 SHOWN = {  # of the Trainer's flags, those that matter here
     *("data_path", "batch_size", "workers", "loader", "device", "disable_amp", "val_resize_size"),
     *("val_crop_size", "interpolation", "strategy", "deepspeed_config", "fsdp_config", "model", "neuron"),
-    *("tau", "surrogate", "cnf", "T", "help"),
+    *("tau", "surrogate", "cnf", "stem_pool", "T", "help"),
 }
 
 
@@ -97,6 +98,10 @@ class EvaluationTrainer(SResNetTrainer):
         values = self.evaluate(args, network, criterion, run.data.val, self.device)
         return dict(zip(("loss", "acc1", "acc5"), values, strict=True))
 
+    def code_of_signal(self) -> int:
+        """The exit code of an evaluation that a signal ended: a part of the images says nothing."""
+        return 128 + (self.run.preemption.signal or signal.SIGTERM)
+
 
 def steps_of(text: str, flag: str) -> list[int]:
     """Read a list of Ts: ``1,2,4`` → [1, 2, 4], ascending, each once.
@@ -114,9 +119,16 @@ def steps_of(text: str, flag: str) -> list[int]:
 
 
 def prefixes_hold(net: nn.Module) -> bool:
-    """Whether the first t steps of a longer run are a run of t steps: nothing in the net looks ahead."""
+    """Whether the first t steps of a longer run are a run of t steps: nothing in the net looks ahead.
+
+    A neuron with a ``multi_step_forward`` of its own may do so, and so may what is not known.
+    """
+    ordinary = BaseNode.multi_step_forward
     return all(
-        isinstance(module, BaseNode | Dropout) for module in net.modules() if isinstance(module, MemoryModule)
+        isinstance(module, Dropout)
+        or (isinstance(module, BaseNode) and type(module).multi_step_forward is ordinary)
+        for module in net.modules()
+        if isinstance(module, MemoryModule)
     )
 
 

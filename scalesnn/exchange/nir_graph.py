@@ -180,6 +180,7 @@ class _Recorder(TorchFunctionMode):
     def _node(
         self, name: str, node: nir.NIRNode | AffineMap, signal: Signal, *, spikes: bool = False
     ) -> Signal:
+        name = {"": "net", "input": "input_layer", "output": "output_layer"}.get(name, name)
         if name in self.nodes:
             raise refuse(name, "it is called twice in a time-step")
         self.nodes[name] = node

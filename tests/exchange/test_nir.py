@@ -185,6 +185,26 @@ def test_batch_norm_is_folded_exactly() -> None:
     torch.testing.assert_close(found, net.double()(x), rtol=1e-6, atol=1e-6)
 
 
+class Named(nn.Module):
+    """Layers with the names that NIR's own nodes have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input, self.sn, self.output = layer.Linear(7, 9), neuron.LIFNode(), layer.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.sn(self.input(x)))
+
+
+def test_layers_called_input_and_output_do_not_disturb_the_graph() -> None:
+    torch.manual_seed(0)
+    x = 3 * torch.randn(T, 2, 7)
+    for net in (Named(), layer.Linear(7, 4)):
+        expected, _ = own_spikes(net, x)
+        outputs, _ = read_spikes(by_spikingjelly(nir_graph(net, (7,))), x, [])
+        torch.testing.assert_close(outputs, expected)
+
+
 def test_max_pooling_of_spikes_is_said_exactly() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(layer.Conv2d(1, 4, 3), neuron.LIFNode(), layer.MaxPool2d(3, 2, 1))
