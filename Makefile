@@ -61,7 +61,7 @@ soak: install ## 30 minutes of random kills, signals, double starts and resumes;
 	nice $(BIN)/python tools/soak.py --minutes 30
 
 benchmarks: install ## every claim of the docs, measured anew into benchmarks/results (about an hour)
-	for claim in saved_bytes step_time memory_peak memory_saved_bytes memory_plan data_throughput parquet_reading strategies tracking_overhead spike_counts shared_machine whole_run; do \
+	for claim in saved_bytes step_time memory_peak memory_plan data_throughput parquet_reading strategies tracking_overhead spike_counts shared_machine whole_run; do \
 	  $(BIN)/python benchmarks/$$claim.py || exit 1; \
 	done
 

@@ -61,7 +61,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 
     ours = not name.startswith("spikingjelly")
     if ours:
-        keep_freed_blocks()
+        keep_freed_blocks(frugal=name != "none")
     model, reset = contender(name, args)
     warm_x, warm_y = static_images(4, 1, 32, channels_last=ours)
     training_step(model, warm_x, warm_y, reset)

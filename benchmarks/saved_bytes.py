@@ -1,11 +1,12 @@
 """Bytes kept for the backward pass per neuron and time-step, over the whole net, counted under
-FakeTensorMode.
+FakeTensorMode; and the largest T of spiking_resnet50 on 80 GiB (224², 32 images, bf16) under policies.
 
     python benchmarks/saved_bytes.py --net spiking_resnet18 --T 4 --batch-size 32 --size 224
 
 Every distinct storage that autograd saves counts once, parameters not at all; a tensor that is not otherwise
-alive (the input image) neither. A neuron-step is one element of a neuron's output. Writes
-benchmarks/results/saved_bytes.json.
+alive (the input image) neither. A neuron-step is one element of a neuron's output. scalesnn's largest T is
+the planner's; SpikingJelly's follows from what its autograd keeps alone, without a working set: a bound in
+its favour. Writes benchmarks/results/saved_bytes.json.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from common import machine, make_ours, make_spikingjelly, save
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+BUDGET = 80 * 2**30
 
 
 def count(model: nn.Module, x: Tensor, autocast: bool, neuron_class: type[nn.Module]) -> tuple[int, int]:
@@ -69,6 +72,25 @@ def measure(
     return total / steps
 
 
+def largest_T(policies: list[str]) -> dict[str, int]:
+    """The largest T on BUDGET, by policy, and SpikingJelly's."""
+    from spikingjelly.activation_based.neuron import BaseNode
+
+    from scalesnn.memory import Policy
+    from scalesnn.memory.planner import Planner
+
+    shape, mode = (16, 32, 3, 224, 224), FakeTensorMode()
+    with mode:
+        model = make_ours("spiking_resnet50")
+    planner = Planner(model, shape, BUDGET, amp_dtype=torch.bfloat16, mode=mode)
+    found = {name: planner.plan(Policy.parse(name)).largest_T for name in policies}
+    with FakeTensorMode():
+        saved, _ = count(
+            make_spikingjelly("spiking_resnet50"), torch.empty(shape[1:]).expand(shape), True, BaseNode
+        )
+    return {**found, "spikingjelly": BUDGET * shape[0] // saved}
+
+
 def main() -> None:
     """Count and write."""
     parser = argparse.ArgumentParser(
@@ -97,7 +119,10 @@ def main() -> None:
         )
     for name, value in results.items():
         print(f"{name:44} {value:6.2f} B per neuron and time-step")
-    save("saved_bytes", {"machine": machine(), "arguments": vars(args), "bytes_per_neuron_step": results})
+    largest = largest_T(["none", "layer", "time:4", "time:16"])
+    print("largest T of spiking_resnet50 on 80 GiB:", largest)
+    record = {"machine": machine(), "arguments": vars(args), "bytes_per_neuron_step": results}
+    save("saved_bytes", {**record, "largest_T": largest})
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ class Trainer:
         check_compile(args, strategy)
         check_cuda_graph(args, strategy)
         if self.device.type == "cpu":
-            keep_freed_blocks()
+            keep_freed_blocks(frugal=args.activation_checkpoint != "none")
         if args.preflight:
             run_preflight(args, self.topology, strategy.store)
         with ExitStack() as stack:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +39,35 @@ def test_steps_map_no_pages_anew_unless_the_environment_says_so(environment, kep
     said, fewest = done.stdout.split()
     assert said == str(kept)
     assert int(fewest) < 100 if kept else int(fewest) > A_BLOCK
+
+
+GIVES_BACK = """
+import resource
+import scalesnn.model.train_classify
+import torch
+from scalesnn.memory import keep_freed_blocks
+
+def pages():
+    return int(open("/proc/self/statm").read().split()[1])
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+keep_freed_blocks(frugal=True)
+before = pages()
+blocks = [torch.ones(2**20) for _ in range(8)]
+between = [torch.ones(2**10) for _ in range(8)]
+del blocks
+held, counted = pages() - before, faults()
+torch.ones(2**22)
+print(held, faults() - counted)
+"""
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def test_a_frugal_process_gives_blocks_back_and_maps_huge_pages():
+    done = subprocess.run(
+        [sys.executable, "-c", GIVES_BACK], capture_output=True, text=True, timeout=100, check=True
+    )
+    held, faults = map(int, done.stdout.split())
+    assert held < A_BLOCK, "of 8 blocks of 1024 pages"
+    if HUGE.exists() and "[never]" not in HUGE.read_text():
+        assert faults < 3 * A_BLOCK, "of 4 thousand pages"
