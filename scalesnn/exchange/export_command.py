@@ -58,7 +58,10 @@ def run_export(args: argparse.Namespace) -> int:
         raise UserError("--frames is for --format onnx and pt2 over all time-steps")
     if args.frames and args.T is None:
         raise UserError("--frames: give --T, the time-steps of the frames, which a checkpoint does not say")
+    source_file = Path(args.source).expanduser()
     if kind in ("safetensors", "pt"):
+        if source_file.is_file() and source_file.suffix in SUFFIXES:
+            raise UserError(f"{args.source} is a file of weights already; --format nir, onnx and pt2 take it")
         folder, count = export(args.source, output, kind=kind, ema=args.ema)
         said, source = f"{count} tensors", str(folder)
     else:

@@ -223,6 +223,12 @@ def test_a_run_on_the_shipped_images_is_evaluated_on_them(tmp_path: Path) -> Non
     assert found["accuracy"][0]["T"] == 1
 
 
+def test_a_file_of_weights_is_not_exported_as_weights_again(weights: Path, tmp_path: Path, capsys) -> None:
+    assert main(["export", str(weights), "-o", str(tmp_path / "net.pt")]) == 2
+    assert "is a file of weights already; --format nir, onnx and pt2 take it" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_data_of_other_classes_are_refused(weights: Path, images: Path, tmp_path: Path, capsys) -> None:
     fewer = make_images(tmp_path / "fewer", 1, 1)
     for split in ("train", "val"):
