@@ -45,7 +45,7 @@ def gradients(model, x):
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("policy", ["none", "layer", "block", "time:1"])
+@pytest.mark.parametrize("policy", ["none", "layer", pytest.param("block", marks=pytest.mark.long), "time:1"])
 @pytest.mark.parametrize(
     "patterns", [["conv1.*", "bn1.*", "layer1.*"], ["*.bn?.*", "bn1.*", "*.downsample.1.*"]]
 )
