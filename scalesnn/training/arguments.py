@@ -71,7 +71,7 @@ class RecipeParser(jsonargparse.ArgumentParser):
         recipes, words = split_recipes(words)
         given = self._given(words)
         for action in self._actions:
-            times = [word for word in words if word in action.option_strings]
+            times = [w for w in (word.split("=", 1)[0] for word in words) if w in action.option_strings]
             if action.nargs in ("*", "+") and len(times) > 1:  # argparse would keep the last one only
                 self.error(f"{times[0]} is given twice: give all its values after one")
         settings: dict[str, list[str]] = {}

@@ -164,7 +164,7 @@ def train(cell: dict[str, Any], topology: Topology) -> dict[str, Any]:
         lambda m: fine_tuned(args, m) if "init_from" in cell else make_optimizer(args, m),
         lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=5),
     )
-    begins_with = digest(strategy.full_model_state())
+    begins_with = digest(strategy.full_model_state()) if "init_from" in cell else {}
     formats = watch_formats(net)
     ema = ModelEma(strategy, 0.8, steps=2) if cell.get("ema", True) else None
     folder = Path(cell["folder"]) if "folder" in cell else Path("unused")

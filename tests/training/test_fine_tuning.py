@@ -152,6 +152,7 @@ def train(images, folder, *words):
         (["--lr-scale", "fc.*=0"], "must be above 0; what shall not learn takes --freeze"),
         (["--lr-scale", "head.*=0.1"], "--lr-scale head.*: no parameter has such a name; the nearest: "),
         (["--freeze", "fc.*", "--freeze", "bn1.*"], "--freeze is given twice: give all its values after one"),
+        (["--freeze=fc.*", "--freeze=bn1.*"], "--freeze is given twice"),
     ],
 )
 def test_refusals_are_one_line(images, tmp_path, capsys, words, said):
