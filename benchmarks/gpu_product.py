@@ -4,6 +4,7 @@
 
 Trainings of the shipped images through the Trainer: losses of 20 steps with both loaders beside the CPU's; an
 evaluation twice, equal bit for bit; both memory formats, host time beside GPU time; the largest T that fits;
+steps with --compile and --cuda-graph beside plain ones;
 with two GPUs or more, DDP, ZeRO-2, ZeRO-3 and FSDP2 through torchrun. What a missing package forbids is left
 out, and each result is written as it comes.
 """
@@ -137,6 +138,31 @@ def losses_and_evaluation(
         )
 
 
+def recorded_steps(rows: dict[str, Any], wrong: Failures, folder: Path, device: str, steps: int) -> None:
+    """Trainer steps with --compile and --cuda-graph beside plain ones: the losses, and images/s.
+
+    On the CPU only that --cuda-graph is refused by name.
+    """
+    common = [f"--device={device}", "--loader=torchvision", f"--max-steps={steps}", "--disable-uda"]
+    ways = {"plain": [], "cuda graph": ["--cuda-graph"], "compile": ["--compile"]}
+    ways["compile, cuda graph"] = [*ways["compile"], *ways["cuda graph"]]
+    if device == "cpu":
+        refused = train(folder, "graph-refused", *common, *ways["cuda graph"])
+        wrong.check("needs a GPU" in str(refused.get("error")), f"--cuda-graph on the CPU: {refused}")
+        return
+    for name, flags in ways.items():
+        run = rows[name] = train(folder, f"recorded-{len(rows)}", *common, *flags)
+        wrong.check("error" not in run, f"{name}: {run.get('error')}")
+        if "error" in run or "error" in rows["plain"]:
+            continue
+        plain = rows["plain"]["losses"]
+        first = abs(run["losses"][0] - plain[0]) / abs(plain[0])
+        mean = abs(sum(run["losses"]) - sum(plain)) / steps
+        wrong.check(first < 10 * FIRST_LOSS, f"{name}: the first loss is {first:.1e} away from the plain one")
+        wrong.check(mean < MEAN_LOSS, f"{name}: the mean loss is {mean:.2f} away from the plain one")
+        print(f"  {name}: mean loss {mean:.3f} from the plain one, {run['images_per_s']:.0f} images/s")
+
+
 def several_gpus(rows: dict[str, Any], wrong: Failures, folder: Path, ranks: int, steps: int) -> None:
     """Every strategy through torchrun, in the precision of a user's first run."""
     for name, flags in STRATEGIES.items():
@@ -217,7 +243,8 @@ def largest_T(
 
 def product(report: Any, device: torch.device, *, rehearse: bool = False) -> None:
     """Everything of this file; ``report`` is gpu_check.py's."""
-    rows: dict[str, Any] = {"losses": {}, "formats": {}, "largest_T": {}, "several_gpus": {}}
+    parts = ("losses", "formats", "largest_T", "recorded_steps", "several_gpus")
+    rows: dict[str, Any] = {part: {} for part in parts}
     report.record["parts"]["product"] = rows
     wrong = Failures()
     steps, size, batch, most = (3, 32, 2, 8) if rehearse else (20, 224, 16, 1024)
@@ -228,6 +255,7 @@ def product(report: Any, device: torch.device, *, rehearse: bool = False) -> Non
             lambda: losses_and_evaluation(rows["losses"], wrong, folder, device.type, steps),
             lambda: formats(rows["formats"], device, size, batch),
             lambda: largest_T(rows["largest_T"], device, size, batch, most, time.monotonic() + 60),
+            lambda: recorded_steps(rows["recorded_steps"], wrong, folder, device.type, steps),
         ]
         if ranks > 1:
             measurements.append(lambda: several_gpus(rows["several_gpus"], wrong, folder, ranks, steps))

@@ -101,10 +101,11 @@ class Output(Deferred):
         moments = [normalisation.batch_statistics(source.output(a, b, hold=a == 0)) for a, b in chunks]
         if len(moments) == 1:
             return moments[0]
-        means, variances = torch.stack(moments, 1)
-        share = means.new_tensor([[(b - a) / self.shape[0]] for a, b in chunks])
-        mean = (means * share).sum(0)
-        return torch.stack([mean, ((variances + (means - mean).square()) * share).sum(0)])
+        # numbers, not a tensor of them, which would be copied from the host
+        shares = [(b - a) / self.shape[0] for a, b in chunks]
+        mean = torch.stack([m[0] * share for m, share in zip(moments, shares, strict=True)]).sum(0)
+        spread = [(m[1] + (m[0] - mean).square()) * share for m, share in zip(moments, shares, strict=True)]
+        return torch.stack([mean, torch.stack(spread).sum(0)])
 
     def plus(self, other: Tensor) -> Tensor | None:
         fits = other.shape == self.shape and other.dtype == self.dtype and other.device == self.device

@@ -272,7 +272,8 @@ class Strategy(StrategyState, ABC):
         ``step`` finds it. (The reverse does not hold in a spiking network: NaN drives no neuron over its
         threshold, so the loss can be finite while the gradients are not.)
         """
-        loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan).to(loss.dtype)
+        value = loss.detach()
+        loss = loss * (1 + (value - value))  # 1, or NaN; torch.where would copy its numbers from the host
         self._backward(loss)
         self._micro_batches += 1
 

@@ -32,6 +32,10 @@ def statements(body: str) -> Iterator[str]:
         raise UnknownPtxError(f"the end of a function: `{body[at:].strip()[:80]}`")
 
 
+PARAMETER = re.compile(  # .ptr says where a pointer points to
+    r"\.param(?:\s+\.align\s+(\d+))?\s+\.(\w+)(?:\s+\.ptr(?:\s+\.global)?(?:\s+\.align\s+\d+)?)?"
+    r"\s+(\w+)(?:\[(\d+)\])?"
+)
 VARIABLE = re.compile(
     r"\.(global|const|shared|local)((?:\s+\.align\s+\d+)?)\s+\.(\w+)\s+(\w+)\s*(\[\s*\d*\s*\])?\s*(?:=\s*([^;]+))?"
 )
@@ -82,7 +86,7 @@ def entries(ptx: str) -> list[Entry]:
     for found in re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)([^{]*)\{", text):
         parameters = []
         for parameter in filter(None, (p.strip() for p in found[2].split(","))):
-            of = re.fullmatch(r"\.param(?:\s+\.align\s+(\d+))?\s+\.(\w+)\s+(\w+)(?:\[(\d+)\])?", parameter)
+            of = PARAMETER.fullmatch(parameter)
             if not of:
                 raise UnknownPtxError(f"a parameter: `{parameter}`")
             size = SIZES[of[2]] * int(of[4] or 1)

@@ -17,6 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["CpuRecorder", "NoHost"]
 
+COPIES = (
+    "scalar_tensor",
+    "lift_fresh",
+)  # torch.where with numbers, torch.tensor: made on the host, then copied
 READS = (
     "_local_scalar_dense",
     "item",
@@ -41,7 +45,7 @@ class NoHost(TorchDispatchMode):
         name = name_of(func)
         lists = isinstance(args[1] if len(args) > 1 else None, (list, tuple)) and name.startswith("index")
         mask = lists and any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        if name in READS or mask:
+        if name in READS + COPIES or mask:
             raise RuntimeError("called a synchronizing CUDA operation")
         return func(*args, **(kwargs or {}))
 

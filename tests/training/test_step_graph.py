@@ -176,10 +176,12 @@ def test_measured_steps_and_other_shapes_run_as_ever() -> None:
             r"needs the host.*test_step_graph.py:\d+: .*item",
         ),
         (lambda x: x[x.abs() < 1e9].view_as(x), r"needs the host.*test_step_graph.py:\d+"),
+        (lambda x: x * torch.tensor(1.0), r"needs the host.*test_step_graph.py:\d+: .*torch.tensor"),
+        (lambda x: x * torch.where(x == x, 1.0, 2.0), r"needs the host.*test_step_graph.py:\d+: .*where"),
         (lambda x: x + 0 * torch.rand(()), "draws random numbers on the host"),
         (lambda x: x * (1 + 0 * random.random()), "draws random numbers on the host"),
     ],
-    ids=["item", "mask", "torch's numbers", "python's numbers"],
+    ids=["item", "mask", "tensor", "where", "torch's numbers", "python's numbers"],
 )
 def test_what_needs_the_host_is_refused_with_its_line(
     extra: Callable[[Tensor], Tensor], message: str, monkeypatch: pytest.MonkeyPatch
