@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
 import sys
 from functools import cache
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scalesnn.kernels.build import cache_folder, lock, reason
-from scalesnn.kernels.source import STEPS, fields, symbol, variant_source
+from scalesnn.kernels.source import STEPS, Variant, fields, symbol, variant_source
 
 __all__ = [
     "HAS_CUPY",
@@ -38,7 +39,13 @@ __all__ = [
 THREADS = 256  # of a block, as in the kernel source
 # No fused multiply-add: the arithmetic of the CPU and of torch, but for denormals (CuPy adds -ftz=true).
 OPTIONS = ("-std=c++17", "--fmad=false")
-MOST_BLOCKS = 1 << 16
+MOST_BLOCKS = 1 << 11  # in which a thread then takes several tiles
+LANES = 4  # neighbours that a thread takes at a time, if it can
+CHANNELS = 64  # of a block that sums over channels that are neighbours in memory
+MOST_STEPS = 16  # for which the sweeps are unrolled; the backward sweep's chunk for more is STEPS
+MOST_BYTES = 64  # of an input in a thread's registers, in the backward sweep
+SMALL = (1 << 31) - (1 << 24)  # elements, and a stride, whose offsets fit 32 bits
+OF_WORDS = ("residual_bits", "bits", "decay", "partial")  # read word by word, not as vectors
 HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
 
@@ -69,15 +76,15 @@ def module_folder() -> Path:
 
 
 @cache
-def _function(name: str, device: int, variant: tuple[Any, ...]) -> Any:
+def _function(device: int, variant: Variant) -> Any:
     import cupy
 
     with cupy.cuda.Device(device):
-        return _module(device, variant).get_function(symbol(name))
+        return _module(device, variant).get_function(symbol(variant.kernel))
 
 
 @cache
-def _module(device: int, variant: tuple[Any, ...]) -> Any:
+def _module(device: int, variant: Variant) -> Any:
     import cupy
 
     code = variant_source(*variant)
@@ -90,36 +97,67 @@ def _module(device: int, variant: tuple[Any, ...]) -> Any:
 
 def slabs_for(channels: int, inner: int, size: int, multiprocessors: int) -> int:
     """In how many parts the positions of a channel are summed: enough blocks to fill the GPU eight times."""
-    width = 32 if inner == 1 and channels > 1 else 1
+    width = CHANNELS if inner == 1 and channels > 1 else 1
     columns = -(-channels // width)
-    rows = THREADS // width
+    rows = THREADS * LANES // width
     wanted = max(1, 8 * multiprocessors // columns)
     return max(1, min(wanted, -(-(size // channels) // rows), 65535))
 
 
-def launch_grid(name: str, arguments: dict[str, Any]) -> tuple[int, int]:
+def launch_grid(variant: Variant, arguments: dict[str, Any]) -> tuple[int, int]:
     """The blocks of a launch, from the kernel's arguments."""
-    if name in ("statistics", "backward"):
-        width = 32 if arguments["inner"] == 1 and arguments["channels"] > 1 else 1
-        return -(-arguments["channels"] // width), arguments["slabs"]
-    return max(1, min(-(-arguments["size"] // THREADS), MOST_BLOCKS)), 1
+    if variant.kernel in ("statistics", "backward"):
+        return -(-arguments["channels"] // (CHANNELS if variant.channels_last else 1)), arguments["slabs"]
+    return max(1, min(-(-arguments["size"] // (THREADS * variant.lanes)), MOST_BLOCKS)), 1
 
 
-def variant_of(name: str, dtype: torch.dtype, surrogate: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of ``variant_source`` for a launch."""
-    if name not in ("forward", "backward"):
-        return dtype, None, 1, 0, False, False, False, True
-    backward = name == "backward"
-    return (
+def variant_of(name: str, dtype: torch.dtype, surrogate: str, arguments: dict[str, Any]) -> Variant:
+    """What is known of a launch beforehand, from the kernel's arguments."""
+    steps, given = arguments["steps"], tuple(field for field in pointers() if arguments[field])
+    most = MOST_STEPS // 2 if name == "normalise_backward" else MOST_STEPS  # which has two inputs, and needs no more
+    unrolled = steps if steps <= most else STEPS if name == "backward" else most
+    neuron = name in ("forward", "backward")
+    last = arguments["inner"] == 1 and arguments["channels"] > 1
+    return Variant(
+        name,
         dtype,
-        surrogate if backward else None,
-        min(STEPS, 1 << max(arguments["steps"] - 1, 0).bit_length()) if backward else 1,
-        arguments["charge"],
-        bool(arguments["hard_reset"]),
-        bool(arguments["detach_reset"]) and backward,
-        arguments["decay"] is not None,
-        arguments["mean"] is not None,
+        surrogate if name == "backward" else None,
+        _lanes(name, dtype, unrolled, arguments),
+        1 if name == "unpack" else unrolled,
+        steps <= most and name != "unpack",
+        max(steps, 1) * arguments["size"] > SMALL,
+        last,
+        neuron and math.frexp(arguments["tau"])[0] == 0.5,
+        neuron and math.copysign(1.0, arguments["v_reset"]) > 0 == arguments["v_reset"],
+        arguments["charge"] if neuron else 0,
+        neuron and bool(arguments["hard_reset"]),
+        name == "backward" and bool(arguments["detach_reset"]),
+        neuron and bool(arguments["x_repeated"]),
+        neuron and bool(arguments["v_every_step"]),
+        given,
     )
+
+
+@cache
+def pointers() -> tuple[str, ...]:
+    """The kernels' arguments that are pointers."""
+    return tuple(field for field, kind in fields() if kind == "pointer")
+
+
+def _lanes(name: str, dtype: torch.dtype, steps: int, arguments: dict[str, Any]) -> int:
+    """How many neighbours a thread takes: whole vectors of a row, aligned, and in the backward sweep no more
+    than it has registers for."""
+    lanes, row = LANES, arguments["inner"] if arguments["inner"] > 1 else arguments["channels"]
+    if name == "backward":
+        while lanes > 1 and lanes * steps * dtype.itemsize > MOST_BYTES:
+            lanes //= 2
+    every = 0
+    for field in pointers():
+        if field not in OF_WORDS:
+            every |= arguments[field] or 0
+    while lanes > 1 and (row % lanes or every % min(16, lanes * dtype.itemsize)):
+        lanes = 1
+    return lanes
 
 
 def call(name: str, x: Tensor, surrogate: str, arguments: dict[str, Any]) -> None:
@@ -139,5 +177,5 @@ def call(name: str, x: Tensor, surrogate: str, arguments: dict[str, Any]) -> Non
     index = x.device.index if x.device.index is not None else torch.cuda.current_device()
     stream = torch.cuda.current_stream(index).cuda_stream
     with torch.cuda.device(index), cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream, index):
-        function = _function(name, index, variant)
-        function(launch_grid(name, arguments), (THREADS,), (cupy.int32(0), *values))
+        function = _function(index, variant)
+        function(launch_grid(variant, arguments), (THREADS,), (cupy.int32(0), *values))

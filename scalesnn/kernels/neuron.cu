@@ -1,9 +1,9 @@
 // The fused ops of scalesnn: conv output -> batch norm -> (+ residual) -> spiking neuron, forward and backward.
 //
 // One source, three ways to run it. A "tile" is LANES neighbouring neurons over all T time-steps; the tile functions
-// hold all the arithmetic. On a GPU a tile is one neuron and one thread (LANES = 1, its loops over lanes vanish); on a
-// CPU it is a strip of memory that the compiler vectorises. neuron_gpu.cu and neuron_cpu.cpp, thin sets of drivers, go on
-// from here.
+// hold all the arithmetic. On a GPU a tile is one thread's, of up to 4 neurons, and LANES, STEPS and what else is known
+// before are constants of the variant; on a CPU it is a strip of memory that the compiler vectorises. neuron_gpu.cu and
+// neuron_cpu.cpp go on from here: how a tile meets memory, and the kernels.
 //
 // A tensor is [steps][size] with size = N * C * spatial in memory order; element i of a step belongs to channel
 // (i / inner) % channels: inner = H * W for contiguous tensors, 1 for channels_last. Without a normalisation
@@ -13,15 +13,18 @@
 #if defined(__CUDACC__) || defined(CUDA_SHIM)  // the shim of tests/kernels runs the GPU's drivers on a CPU
 #define GPU 1
 #define DEVICE __device__ __forceinline__
+#define MEMBER DEVICE
 #define UNROLL _Pragma("unroll")
-#define FOR_LANES for (int l = 0; l < 1 && n > 0; l++)
-constexpr int LANES = 1;
+#define FOR_LANES UNROLL for (int l = 0; l < LANES; l++)
 #else
 #define GPU 0
 #define DEVICE static inline
+#define MEMBER
 #define UNROLL
 #define FOR_LANES _Pragma("GCC ivdep") for (int l = 0; l < n; l++)
+#define OFFSET long long
 constexpr int LANES = 512;
+constexpr bool TAU_IS_POWER_OF_2 = false;
 #pragma omp declare simd notinbranch
 extern "C" float expf(float) noexcept;  // vectorised by libmvec, which the system's header offers only to fast-math
 #pragma omp declare simd notinbranch
@@ -40,6 +43,7 @@ extern "C" double exp(double) noexcept;
 #endif
 
 typedef long long i64;
+typedef OFFSET offset;            // of an element: 32 bits on a GPU where they suffice
 constexpr int THREADS = 256;      // of a block on a GPU
 enum Charge { IDENTITY, INTEGRATE, LEAKY_WITH_INPUT, LEAKY };
 
@@ -111,142 +115,122 @@ DEVICE void from_real(float v, fp16& out) {
 #endif
 
 // ------------------------------------------------------------------------------------------------ tiles
-// Adds `value` to each lane whose bit is 1. `i` is a multiple of 32 at lane 0 on a CPU, where whole words are taken: the
-// lanes from n to the next multiple of 32 change too.
-template <class real>
-DEVICE void add_bits(const unsigned* row, i64 i, int n, real value, real* y) {
-#if GPU
-    if (n > 0) y[0] += ((row[i / 32] >> (i % 32)) & 1) ? value : real(0);
-#else
-    for (int first = 0; first < n; first += 32) {
-        const unsigned word = row[(i + first) / 32];
-        for (int bit = 0; bit < 32; bit++) y[first + bit] += ((word >> bit) & 1) ? value : real(0);
-    }
-#endif
-}
+// How a tile meets memory: each build has its own. `n` lanes are there; on a GPU all or none. `k` counts the steps of a
+// chunk of STEPS, `t` those of the tensor.
+template <class scalar> struct Sequence;  // the tile's part of a tensor in a chunk: load, then at(k, lane)
+template <class real> struct BitSequence;  // the same of bits: load, then add(k, …) adds 1 where a bit is 1
+template <class real> struct Bits;         // bits to be written: put(k, …) for every step of a chunk, then flush
+template <class scalar, class real> DEVICE void load(const scalar* from, int n, real* y);
+template <class scalar, class real> DEVICE void store(scalar* to, int n, const real* y);
 
-// The tile's part of one step's input: normalised, residual added.
+template <class sequence, class real> DEVICE void forget_derived(sequence& x, real (*h)[LANES]);  // saves registers
+template <class real> DEVICE void add_bits(const unsigned* row, offset i, int n, real value, real* y);
+
+DEVICE i64 words(const Unit& u) { return (u.size + 31) / 32; }
+
+DEVICE int steps_of_chunk(const Unit& u, i64 first) { return u.steps - first < STEPS ? (int)(u.steps - first) : STEPS; }
+
+// A tile's input in a chunk: normalised, residual added.
 template <class scalar, class real>
-DEVICE void load_input(const Unit& u, i64 t, i64 i, int n, const real* mean, const real* scale, const real* bias,
-                       real* y) {
-    const scalar* x = (const scalar*)u.x + (u.x_repeated ? 0 : t * u.size) + i;
-    if (u.mean) FOR_LANES y[l] = (to_real(x[l]) - mean[l]) * scale[l] + bias[l];
-    else FOR_LANES y[l] = to_real(x[l]);
-    if (u.residual) {
-        const scalar* residual = (const scalar*)u.residual + t * u.size + i;
-        FOR_LANES y[l] += to_real(residual[l]);
-    }
-    if (u.residual_bits) {
-        add_bits((const unsigned*)u.residual_bits + t * ((u.size + 31) / 32), i, n, real(1), y);
-    }
-}
+struct Input {
+    Sequence<scalar> x, residual;
+    BitSequence<real> residual_bits;
 
-// h = charge(v, y)
+    MEMBER void load(const Unit& u, i64 first, offset i, int n) {
+        const int steps = steps_of_chunk(u, first);
+        x.load(u.x, u.x_repeated ? 0 : first, u.x_repeated ? 0 : u.size, i, steps, n);
+        if (u.residual) residual.load(u.residual, first, u.size, i, steps, n);
+        if (u.residual_bits) residual_bits.load(u, first, i, steps, n);
+    }
+
+    MEMBER void at(const Unit& u, int k, int n, const real* mean, const real* scale, const real* bias, real* y) const {
+        if (u.mean) FOR_LANES y[l] = (x.at(k, l) - mean[l]) * scale[l] + bias[l];
+        else FOR_LANES y[l] = x.at(k, l);
+        if (u.residual) FOR_LANES y[l] += residual.at(k, l);
+        if (u.residual_bits) residual_bits.add(k, n, y);
+    }
+};
+
 template <class real>
-DEVICE void charge(const Unit& u, int n, const real* v, const real* y, real* h) {
-    const real reset = u.hard_reset ? real(u.v_reset) : real(0), tau = real(u.tau);
-    const real decay = u.decay ? *(const real*)u.decay : real(0);
-    if (u.charge == INTEGRATE) FOR_LANES h[l] = v[l] + y[l];
-    else if (u.charge == LEAKY_WITH_INPUT && u.decay) FOR_LANES h[l] = v[l] + (y[l] - (v[l] - reset)) * decay;
-    else if (u.charge == LEAKY_WITH_INPUT) FOR_LANES h[l] = v[l] + (y[l] - (v[l] - reset)) / tau;
-    else if (u.decay) FOR_LANES h[l] = v[l] - (v[l] - reset) * decay + y[l];
-    else FOR_LANES h[l] = v[l] - (v[l] - reset) / tau + y[l];
+DEVICE real over_tau(const Unit& u, real value) {  // the same number either way where 1 / tau is exact
+    return TAU_IS_POWER_OF_2 ? value * (1 / real(u.tau)) : value / real(u.tau);
 }
 
-// v after the spike, from h; multiplied out as torch does it, so that inf and NaN spread alike
+// h = charge(v, y); `decay`: 1 / tau where it is learned
+template <class real>
+DEVICE void charge(const Unit& u, int n, real decay, const real* v, const real* y, real* h) {
+    const real resting = u.hard_reset ? real(u.v_reset) : real(0);
+    if (u.charge == INTEGRATE) FOR_LANES h[l] = v[l] + y[l];
+    else if (u.charge == LEAKY_WITH_INPUT && u.decay) FOR_LANES h[l] = v[l] + (y[l] - (v[l] - resting)) * decay;
+    else if (u.charge == LEAKY_WITH_INPUT) FOR_LANES h[l] = v[l] + over_tau(u, y[l] - (v[l] - resting));
+    else if (u.decay) FOR_LANES h[l] = v[l] - (v[l] - resting) * decay + y[l];
+    else FOR_LANES h[l] = v[l] - over_tau(u, v[l] - resting) + y[l];
+}
+
+// v after the spike, from h: (1 - s) h + v_reset s or h - v_threshold s, multiplied as torch does it, so that inf and NaN
+// spread alike
 template <class real>
 DEVICE void reset(const Unit& u, int n, const real* h, real* v) {
     const real threshold = real(u.v_threshold), value = real(u.v_reset);
+    const real no_value = value * real(0), no_threshold = threshold * real(0);
     if (u.hard_reset) FOR_LANES {
-        real s = h[l] - threshold >= 0 ? real(1) : real(0);
-        v[l] = (1 - s) * h[l] + value * s;
+        const bool fires = h[l] - threshold >= 0;
+        v[l] = (fires ? real(0) : real(1)) * h[l] + (fires ? value : no_value);
     }
-    else FOR_LANES {
-        real s = h[l] - threshold >= 0 ? real(1) : real(0);
-        v[l] = h[l] - threshold * s;
-    }
+    else FOR_LANES v[l] = h[l] - (h[l] - threshold >= 0 ? threshold : no_threshold);
 }
 
 template <class real>
-DEVICE void load_start(const Unit& u, i64 i, int n, real* v) {
-    const real* start = (const real*)u.v_start;
-    if (start) FOR_LANES v[l] = start[i + l];
+DEVICE void load_start(const Unit& u, offset i, int n, real* v) {
+    if (u.v_start) load((const real*)u.v_start + i, n, v);
     else FOR_LANES v[l] = real(u.v_init);
 }
 
-// One bit for each lane that is not 0; `i` is a multiple of 32 at lane 0 (of the warp).
-template <class real>
-DEVICE void store_bits(unsigned* row, i64 i, int n, real* y) {
-#if GPU
-    unsigned word = __ballot_sync(~0u, n > 0 && y[0] != 0);
-    if (n > 0 && i % 32 == 0) row[i / 32] = word;
-#else
-    for (int l = n; l % 32; l++) y[l] = 0;
-    for (int first = 0; first < n; first += 32) {
-        unsigned word = 0;
-        for (int bit = 0; bit < 32; bit++) word |= (unsigned)(y[first + bit] != 0) << bit;
-        row[(i + first) / 32] = word;
-    }
-#endif
-}
-
 template <class scalar, class real>
-DEVICE void forward_tile(const Unit& u, i64 i, int n, const real* mean, const real* scale, const real* bias) {
+DEVICE void forward_tile(const Unit& u, offset i, int n, real decay, const real* mean, const real* scale,
+                         const real* bias) {
     real v[LANES] = {}, y[LANES] = {}, h[LANES] = {};
     const real threshold = real(u.v_threshold);
     load_start(u, i, n, v);
-    for (i64 t = 0; t < u.steps; t++) {
-        scalar* out = (scalar*)u.spikes + t * u.size + i;
-        load_input<scalar>(u, t, i, n, mean, scale, bias, y);
-        if (u.charge != IDENTITY) {
-            charge(u, n, v, y, h);
-            FOR_LANES y[l] = h[l] - threshold >= 0 ? real(1) : real(0);
-            reset(u, n, h, v);
+    for (i64 first = 0; first < u.steps; first += STEPS) {
+        Input<scalar, real> input;
+        Bits<real> bits;
+        input.load(u, first, i, n);
+        UNROLL for (int k = 0; k < STEPS; k++) if (k < steps_of_chunk(u, first)) {
+            const offset t = (offset)(first + k);
+            input.at(u, k, n, mean, scale, bias, y);
+            if (u.charge != IDENTITY) {
+                charge(u, n, decay, v, y, h);
+                FOR_LANES y[l] = h[l] - threshold >= 0 ? real(1) : real(0);
+                reset(u, n, h, v);
+            }
+            store((scalar*)u.spikes + t * (offset)u.size + i, n, y);
+            if (u.bits) bits.put(u, first, k, i, n, y);
+            if (u.v && (u.v_every_step || t == u.steps - 1)) {
+                store((real*)u.v + (u.v_every_step ? t * (offset)u.size : 0) + i, n, v);
+            }
         }
-        FOR_LANES from_real(y[l], out[l]);
-        if (u.bits) store_bits((unsigned*)u.bits + t * ((u.size + 31) / 32), i, n, y);
-        if (u.v && (u.v_every_step || t == u.steps - 1)) {
-            real* v_out = (real*)u.v + (u.v_every_step ? t * u.size : 0) + i;
-            FOR_LANES v_out[l] = v[l];
-        }
-    }
-}
-
-// Of every lane over time: its mean, its sum of squares about that mean (Welford, of the differences to the lane's first
-// value, so that a large mean takes no digits), and the mean squared. Summed over a channel's lanes in double they give
-// the channel's mean and variance.
-template <class scalar, class real>
-DEVICE void statistics_tile(const Unit& u, i64 i, int n, double (*sums)[LANES]) {
-    real origin[LANES] = {}, mean[LANES] = {}, squares[LANES] = {};
-    FOR_LANES origin[l] = to_real(((const scalar*)u.x)[i + l]);
-    for (i64 t = 0; t < u.steps; t++) {
-        const scalar* x = (const scalar*)u.x + t * u.size + i;
-        const real share = real(1) / real(t + 1);
-        FOR_LANES {
-            real value = to_real(x[l]) - origin[l], delta = value - mean[l];
-            mean[l] += delta * share;
-            squares[l] += delta * (value - mean[l]);
-        }
-    }
-    FOR_LANES {
-        double lane_mean = (double)origin[l] + (double)mean[l];
-        sums[0][l] = lane_mean;
-        sums[1][l] = squares[l];
-        sums[2][l] = lane_mean * lane_mean;
+        if (u.bits) bits.flush(u, first, i);
     }
 }
 
 // The second pass of the normalisation's backward: grad_x = scale * (grad_y - mean_grad - (x - mean) * slope_grad),
 // where grad_y stands in grad_spikes. Without mean_grad (statistics that are constants): grad_x = scale * grad_y.
 template <class scalar, class real>
-DEVICE void normalise_backward_tile(const Unit& u, i64 i, int n, const real* mean, const real* scale,
+DEVICE void normalise_backward_tile(const Unit& u, offset i, int n, const real* mean, const real* scale,
                                     const real* mean_grad, const real* slope_grad) {
-    for (i64 t = 0; t < u.steps; t++) {
-        const scalar *x = (const scalar*)u.x + t * u.size + i, *grad = (const scalar*)u.grad_spikes + t * u.size + i;
-        scalar* out = (scalar*)u.grad_x + t * u.size + i;
-        if (u.mean_grad) FOR_LANES
-            from_real(scale[l] * (to_real(grad[l]) - mean_grad[l] - (to_real(x[l]) - mean[l]) * slope_grad[l]), out[l]);
-        else FOR_LANES from_real(scale[l] * to_real(grad[l]), out[l]);
+    for (i64 first = 0; first < u.steps; first += STEPS) {
+        const int steps = steps_of_chunk(u, first);
+        Sequence<scalar> x, grad;
+        if (u.mean_grad) x.load(u.x, first, u.size, i, steps, n);
+        grad.load(u.grad_spikes, first, u.size, i, steps, n);
+        UNROLL for (int k = 0; k < STEPS; k++) if (k < steps) {
+            real y[LANES] = {};
+            if (u.mean_grad) FOR_LANES
+                y[l] = scale[l] * (grad.at(k, l) - mean_grad[l] - (x.at(k, l) - mean[l]) * slope_grad[l]);
+            else FOR_LANES y[l] = scale[l] * grad.at(k, l);
+            store((scalar*)u.grad_x + (offset)(first + k) * (offset)u.size + i, n, y);
+        }
     }
 }
 
@@ -263,58 +247,61 @@ DEVICE real surrogate(real x, real p0, real p1, real p2, real p3) {
     return SURROGATE;
 }
 
-// From the gradients of spikes and v to that of y = bn(x) + residual (into grad_x), of v_start, and per lane the sums
-// over time of grad_y, of grad_y * (x - mean), and of the gradient of decay. h comes again from x in a forward sweep;
-// where T > STEPS first through all chunks, keeping v at their borders, then chunk by chunk from the last.
+// From the gradients of spikes and v to that of y = bn(x) + residual (into grad_x) and of v_start; adds to each lane's
+// `sums` over time those of grad_y, of grad_y * (x - mean), and of the gradient of decay. h comes again from x in a
+// forward sweep; where T > STEPS first through all chunks, keeping v at their borders, then chunk by chunk from the last.
 template <class scalar, class real>
-DEVICE void backward_tile(const Unit& u, i64 i, int n, const real* mean, const real* scale, const real* bias,
-                          double (*sums)[LANES]) {
-    const real threshold = real(u.v_threshold), value = real(u.v_reset), tau = real(u.tau);
+DEVICE void backward_tile(const Unit& u, offset i, int n, real decay, const real* mean, const real* scale,
+                          const real* bias, real (*sums)[LANES]) {
+    const real threshold = real(u.v_threshold), value = real(u.v_reset);
     const real resting = u.hard_reset ? value : real(0);
-    const real decay = u.decay ? *(const real*)u.decay : real(0);
     const real p0 = real(u.p0), p1 = real(u.p1), p2 = real(u.p2), p3 = real(u.p3);
     const i64 chunks = (u.steps + STEPS - 1) / STEPS;
-    real h[STEPS][LANES], v[LANES], y[LANES], grad_v[LANES], grad_y[LANES], grad_y_total[LANES] = {};
-    real sum[LANES] = {}, sum_x[LANES] = {}, sum_decay[LANES] = {};
+    const offset size = (offset)u.size;
+    real h[STEPS][LANES], v[LANES], y[LANES], grad_v[LANES] = {}, grad_y[LANES], grad_y_total[LANES] = {};
+    Input<scalar, real> input;
+    Sequence<scalar> grad_s;
 
     if (u.charge != IDENTITY && chunks > 1) {
         load_start(u, i, n, v);
-        for (i64 t = 0; t < (chunks - 1) * STEPS; t++) {
-            load_input<scalar>(u, t, i, n, mean, scale, bias, y);
-            charge(u, n, v, y, h[0]);
-            reset(u, n, h[0], v);
-            if ((t + 1) % STEPS == 0) {
-                real* kept = (real*)u.chunk_v + ((t + 1) / STEPS - 1) * u.size + i;
-                FOR_LANES kept[l] = v[l];
+        for (i64 chunk = 0; chunk < chunks - 1; chunk++) {
+            input.load(u, chunk * STEPS, i, n);
+            UNROLL for (int k = 0; k < STEPS; k++) {
+                input.at(u, k, n, mean, scale, bias, y);
+                charge(u, n, decay, v, y, h[0]);
+                reset(u, n, h[0], v);
             }
+            store((real*)u.chunk_v + (offset)chunk * size + i, n, v);
         }
     }
-    if (u.grad_v && !u.v_every_step) FOR_LANES grad_v[l] = ((const real*)u.grad_v)[i + l];
-    else FOR_LANES grad_v[l] = 0;
+    if (u.grad_v && !u.v_every_step) load((const real*)u.grad_v + i, n, grad_v);
 
     for (i64 chunk = chunks - 1; chunk >= 0; chunk--) {
         const i64 first = chunk * STEPS;
+        const int steps = steps_of_chunk(u, first);
         real v_first[LANES];  // v before the chunk
+        if (u.charge != IDENTITY || u.mean) input.load(u, first, i, n);
+        if (u.grad_spikes) grad_s.load(u.grad_spikes, first, u.size, i, steps, n);
         if (u.charge != IDENTITY) {
             if (chunk == 0) load_start(u, i, n, v_first);
-            else {
-                const real* kept = (const real*)u.chunk_v + (chunk - 1) * u.size + i;
-                FOR_LANES v_first[l] = kept[l];
-            }
+            else load((const real*)u.chunk_v + (offset)(chunk - 1) * size + i, n, v_first);
             FOR_LANES v[l] = v_first[l];
-            UNROLL for (int k = 0; k < STEPS; k++) if (first + k < u.steps) {
-                load_input<scalar>(u, first + k, i, n, mean, scale, bias, y);
-                charge(u, n, v, y, h[k]);
+            UNROLL for (int k = 0; k < STEPS; k++) if (k < steps) {
+                input.at(u, k, n, mean, scale, bias, y);
+                charge(u, n, decay, v, y, h[k]);
                 reset(u, n, h[k], v);
             }
         }
-        UNROLL for (int k = STEPS - 1; k >= 0; k--) if (first + k < u.steps) {
-            const i64 t = first + k;
-            const scalar* grad_s = (const scalar*)u.grad_spikes + t * u.size + i;
-            if (u.grad_spikes) FOR_LANES grad_y[l] = to_real(grad_s[l]);
+        forget_derived(input.x, h);
+        UNROLL for (int k = STEPS - 1; k >= 0; k--) if (k < steps) {
+            const offset t = (offset)(first + k);
+            if (u.grad_spikes) FOR_LANES grad_y[l] = grad_s.at(k, l);
             else FOR_LANES grad_y[l] = 0;
             if (u.charge != IDENTITY) {
-                if (u.grad_v && u.v_every_step) FOR_LANES grad_v[l] += ((const real*)u.grad_v)[t * u.size + i + l];
+                if (u.grad_v && u.v_every_step) {
+                    load((const real*)u.grad_v + t * size + i, n, y);
+                    FOR_LANES grad_v[l] += y[l];
+                }
                 // the gradient of h: through the spike, and through what the reset leaves of h
                 const bool v_used = u.grad_v || t < u.steps - 1;  // else not 0 * h, which may be 0 * inf
                 if (!u.detach_reset && u.hard_reset && v_used) FOR_LANES
@@ -328,50 +315,50 @@ DEVICE void backward_tile(const Unit& u, i64 i, int n, const real* mean, const r
                     if (k == 0) FOR_LANES v[l] = v_first[l];
                     else reset(u, n, h[k > 0 ? k - 1 : 0], v);
                     if (u.charge == LEAKY_WITH_INPUT) {
-                        load_input<scalar>(u, t, i, n, mean, scale, bias, y);
-                        FOR_LANES sum_decay[l] += grad_y[l] * (y[l] - (v[l] - resting));
-                    } else FOR_LANES sum_decay[l] -= grad_y[l] * (v[l] - resting);
+                        input.at(u, k, n, mean, scale, bias, y);
+                        FOR_LANES sums[2][l] += grad_y[l] * (y[l] - (v[l] - resting));
+                    } else FOR_LANES sums[2][l] -= grad_y[l] * (v[l] - resting);
                 }
                 if (u.charge == INTEGRATE) FOR_LANES grad_v[l] = grad_y[l];
                 else FOR_LANES {
-                    real leak = u.decay ? grad_y[l] * decay : grad_y[l] / tau;
+                    const real leak = u.decay ? grad_y[l] * decay : over_tau(u, grad_y[l]);
                     grad_v[l] = grad_y[l] - leak;
                     if (u.charge == LEAKY_WITH_INPUT) grad_y[l] = leak;
                 }
             }
-            if (u.mean) {
-                const scalar* x = (const scalar*)u.x + (u.x_repeated ? 0 : t * u.size) + i;
-                FOR_LANES {
-                    sum[l] += grad_y[l];
-                    sum_x[l] += grad_y[l] * (to_real(x[l]) - mean[l]);
-                }
+            if (u.mean) FOR_LANES {
+                sums[0][l] += grad_y[l];
+                sums[1][l] += grad_y[l] * (input.x.at(k, l) - mean[l]);
             }
             if (u.x_repeated) FOR_LANES grad_y_total[l] += grad_y[l];
-            else {
-                scalar* out = (scalar*)u.grad_x + t * u.size + i;
-                FOR_LANES from_real(grad_y[l], out[l]);
-            }
+            else store((scalar*)u.grad_x + t * size + i, n, grad_y);
         }
     }
-    if (u.x_repeated) FOR_LANES from_real(grad_y_total[l], ((scalar*)u.grad_x)[i + l]);
-    if (u.grad_v_start) FOR_LANES ((real*)u.grad_v_start)[i + l] = grad_v[l];
-    FOR_LANES {
-        sums[0][l] = sum[l];
-        sums[1][l] = sum_x[l];
-        sums[2][l] = sum_decay[l];
-    }
+    if (u.x_repeated) store((scalar*)u.grad_x + i, n, grad_y_total);
+    if (u.grad_v_start) store((real*)u.grad_v_start + i, n, grad_v);
 }
 #endif
 
 // Small whole numbers (spikes: 1 plane; sums of spikes: more) as bits, [planes][words]; `steps` counts the planes.
-template <class scalar>
-DEVICE unsigned plane_bit(scalar v, i64 plane) { return ((unsigned)(int)to_real(v) >> plane) & 1; }
+template <class scalar, class real>
+DEVICE void pack_tile(const Unit& u, offset i, int n) {
+    for (i64 first = 0; first < u.steps; first += STEPS) {
+        Sequence<scalar> x;
+        Bits<real> bits;
+        x.load(u.x, 0, 0, i, 1, n);
+        UNROLL for (int k = 0; k < STEPS; k++) if (k < steps_of_chunk(u, first)) {
+            real y[LANES] = {};
+            FOR_LANES y[l] = real(((unsigned)(int)x.at(0, l) >> (first + k)) & 1);
+            bits.put(u, first, k, i, n, y);
+        }
+        bits.flush(u, first, i);
+    }
+}
 
 template <class scalar, class real>
-DEVICE void unpack_tile(const Unit& u, i64 i, int n) {
+DEVICE void unpack_tile(const Unit& u, offset i, int n) {
     real y[LANES] = {};
     for (i64 plane = 0; plane < u.steps; plane++)
-        add_bits((const unsigned*)u.bits + plane * ((u.size + 31) / 32), i, n, real(1 << plane), y);
-    scalar* out = (scalar*)u.spikes + i;
-    FOR_LANES from_real(y[l], out[l]);
+        add_bits((const unsigned*)u.bits + plane * words(u), i, n, real(1 << plane), y);
+    store((scalar*)u.spikes + i, n, y);
 }

@@ -1,4 +1,81 @@
-// The kernels of a CPU: tiles over threads, and sums over slabs of them. Goes on from neuron.cu.
+// The kernels of a CPU: tiles in memory, shared out to threads; sums over slabs of them. Goes on from neuron.cu.
+
+template <class scalar>
+struct Sequence {
+    const scalar* from;
+    i64 stride;
+    void load(const void* tensor, i64 first, i64 size, i64 i, int, int) {
+        from = (const scalar*)tensor + first * size + i, stride = size;
+    }
+    auto at(int k, int l) const { return to_real(from[k * stride + l]); }
+};
+
+template <class scalar, class real>
+DEVICE void load(const scalar* from, int n, real* y) { FOR_LANES y[l] = from[l]; }
+
+template <class scalar, class real>
+DEVICE void store(scalar* to, int n, const real* y) { FOR_LANES from_real(y[l], to[l]); }
+
+template <class sequence, class real>
+DEVICE void forget_derived(sequence&, real (*)[LANES]) {}
+
+// Adds `value` to each lane whose bit is 1. `i` is a multiple of 32; whole words are taken: the lanes from n to the next
+// multiple of 32 change too.
+template <class real>
+DEVICE void add_bits(const unsigned* row, i64 i, int n, real value, real* y) {
+    for (int first = 0; first < n; first += 32) {
+        const unsigned word = row[(i + first) / 32];
+        for (int bit = 0; bit < 32; bit++) y[first + bit] += ((word >> bit) & 1) ? value : real(0);
+    }
+}
+
+template <class real>
+struct BitSequence {
+    const unsigned* row;
+    i64 stride, i;
+    void load(const Unit& u, i64 first, i64 tile, int, int) {
+        row = (const unsigned*)u.residual_bits + first * words(u), stride = words(u), i = tile;
+    }
+    void add(int k, int n, real* y) const { add_bits(row + k * stride, i, n, real(1), y); }
+};
+
+template <class real>
+struct Bits {
+    void put(const Unit& u, i64 first, int k, i64 i, int n, real* y) {
+        unsigned* row = (unsigned*)u.bits + (first + k) * words(u);
+        for (int l = n; l % 32; l++) y[l] = 0;
+        for (int start = 0; start < n; start += 32) {
+            unsigned word = 0;
+            for (int bit = 0; bit < 32; bit++) word |= (unsigned)(y[start + bit] != 0) << bit;
+            row[(i + start) / 32] = word;
+        }
+    }
+    void flush(const Unit&, i64, i64) {}
+};
+
+// Of every lane over time: its mean, its sum of squares about that mean (Welford, of the differences to the lane's first
+// value, so that a large mean takes no digits), and the mean squared. Summed over a channel's lanes in double they give
+// the channel's mean and variance.
+template <class scalar, class real>
+DEVICE void statistics_tile(const Unit& u, i64 i, int n, double (*sums)[LANES]) {
+    real origin[LANES] = {}, mean[LANES] = {}, squares[LANES] = {};
+    FOR_LANES origin[l] = to_real(((const scalar*)u.x)[i + l]);
+    for (i64 t = 0; t < u.steps; t++) {
+        const scalar* x = (const scalar*)u.x + t * u.size + i;
+        const real share = real(1) / real(t + 1);
+        FOR_LANES {
+            real value = to_real(x[l]) - origin[l], delta = value - mean[l];
+            mean[l] += delta * share;
+            squares[l] += delta * (value - mean[l]);
+        }
+    }
+    FOR_LANES {
+        double lane_mean = (double)origin[l] + (double)mean[l];
+        sums[0][l] = lane_mean;
+        sums[1][l] = squares[l];
+        sums[2][l] = lane_mean * lane_mean;
+    }
+}
 
 // ------------------------------------------------------------------------------------------------ CPU drivers
 // A channel's coefficient for every lane of the tile that starts at element i.
@@ -15,7 +92,8 @@ DEVICE void spread(const Unit& u, const void* of_channel, i64 i, int n, real* la
 }
 
 // Adds the lanes' sums to those of their channels.
-DEVICE void gather(const Unit& u, i64 i, int n, const double (*sums)[LANES], double* partial) {
+template <class number>
+DEVICE void gather(const Unit& u, i64 i, int n, const number (*sums)[LANES], double* partial) {
     for (int k = 0; k < 3; k++)
         for (int l = 0; l < n;) {
             const i64 c = ((i + l) / u.inner) % u.channels;
@@ -36,7 +114,7 @@ static void for_tiles(const Unit& u, int threads, Body body) {
 }
 
 // Slabs of tiles in parallel, each with sums of its own: the result does not depend on the number of threads.
-template <class Body>
+template <class number, class Body>
 static void for_tiles_of_slabs(const Unit& u, int threads, Body body) {
     const i64 tiles = (u.size + LANES - 1) / LANES;
     _Pragma("omp parallel for schedule(static) num_threads(threads)")
@@ -46,20 +124,23 @@ static void for_tiles_of_slabs(const Unit& u, int threads, Body body) {
         for (i64 tile = slab * tiles / u.slabs; tile < (slab + 1) * tiles / u.slabs; tile++) {
             const i64 i = tile * LANES;
             const int n = u.size - i < LANES ? (int)(u.size - i) : LANES;
-            double sums[3][LANES];
+            number sums[3][LANES] = {};
             body(i, n, sums);
             gather(u, i, n, sums, partial);
         }
     }
 }
 
+template <class scalar, class real = typename RealOf<scalar>::type>
+static real decay_of(const Unit& u) { return u.decay ? *(const real*)u.decay : real(0); }
+
 #ifdef SURROGATE
 template <class scalar, class real = typename RealOf<scalar>::type>
 static void backward_cpu(const Unit& u, int threads) {
-    for_tiles_of_slabs(u, threads, [&](i64 i, int n, double (*sums)[LANES]) {
+    for_tiles_of_slabs<real>(u, threads, [&](i64 i, int n, real (*sums)[LANES]) {
         real mean[LANES], scale[LANES], bias[LANES];
         spread(u, u.mean, i, n, mean), spread(u, u.scale, i, n, scale), spread(u, u.bias, i, n, bias);
-        backward_tile<scalar>(u, i, n, mean, scale, bias, sums);
+        backward_tile<scalar>(u, i, n, decay_of<scalar>(u), mean, scale, bias, sums);
     });
 }
 #else
@@ -68,13 +149,13 @@ static void forward_cpu(const Unit& u, int threads) {
     for_tiles(u, threads, [&](i64 i, int n) {
         real mean[LANES], scale[LANES], bias[LANES];
         spread(u, u.mean, i, n, mean), spread(u, u.scale, i, n, scale), spread(u, u.bias, i, n, bias);
-        forward_tile<scalar>(u, i, n, mean, scale, bias);
+        forward_tile<scalar>(u, i, n, decay_of<scalar>(u), mean, scale, bias);
     });
 }
 
 template <class scalar, class real = typename RealOf<scalar>::type>
 static void statistics_cpu(const Unit& u, int threads) {
-    for_tiles_of_slabs(u, threads, [&](i64 i, int n, double (*sums)[LANES]) {
+    for_tiles_of_slabs<double>(u, threads, [&](i64 i, int n, double (*sums)[LANES]) {
         statistics_tile<scalar, real>(u, i, n, sums);
     });
 }
@@ -91,13 +172,7 @@ static void normalise_backward_cpu(const Unit& u, int threads) {
 
 template <class scalar, class real = typename RealOf<scalar>::type>
 static void pack_cpu(const Unit& u, int threads) {
-    for_tiles(u, threads, [&](i64 i, int n) {
-        real y[LANES];
-        for (i64 plane = 0; plane < u.steps; plane++) {
-            FOR_LANES y[l] = real((int)plane_bit(((const scalar*)u.x)[i + l], plane));
-            store_bits((unsigned*)u.bits + plane * ((u.size + 31) / 32), i, n, y);
-        }
-    });
+    for_tiles(u, threads, [&](i64 i, int n) { pack_tile<scalar, real>(u, i, n); });
 }
 
 template <class scalar, class real = typename RealOf<scalar>::type>

@@ -6,6 +6,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ __all__ = [
     "IDENTITY",
     "SCALARS",
     "STEPS",
+    "Variant",
     "fields",
     "scalar_of",
     "source",
@@ -86,34 +88,65 @@ def surrogate_macros(key: str) -> str:
     return f"#define SURROGATE_PARAMETERS {' '.join(parameters)}\n#define SURROGATE ({expression})\n"
 
 
-def variant_source(
-    dtype: torch.dtype,
-    surrogate: str | None,
-    steps: int,
-    charge: int,
-    hard_reset: bool,
-    detach_reset: bool,
-    parametric: bool,
-    normalised: bool,
-) -> str:
-    """The source of a GPU module in which everything that is known beforehand is a constant.
+class Variant(NamedTuple):
+    """What is known of a launch on a GPU when its module is compiled.
 
-    Args:
-        surrogate: makes a module with the backward kernel; None one with all the others.
-        steps: for how many time-steps the backward sweep is unrolled.
+    Attributes:
+        kernel: its name.
+        surrogate: of 'backward', else None.
+        lanes: neighbours that a thread takes at a time.
+        steps: for how many steps the sweeps are unrolled.
+        fixed_steps: there are no more steps than these.
+        wide: offsets need 64 bits.
+        channels_last, tau_is_power_of_2, v_reset_is_0: as they say; 1 / tau is exact then.
         others: as in the kernel source.
+        given: the pointers that are there.
     """
-    scalar = scalar_of(dtype)
+
+    kernel: str
+    dtype: torch.dtype
+    surrogate: str | None = None
+    lanes: int = 1
+    steps: int = 1
+    fixed_steps: bool = False
+    wide: bool = False
+    channels_last: bool = False
+    tau_is_power_of_2: bool = False
+    v_reset_is_0: bool = False
+    charge: int = 0
+    hard_reset: bool = False
+    detach_reset: bool = False
+    x_repeated: bool = False
+    v_every_step: bool = False
+    given: tuple[str, ...] = ()
+
+
+KNOWN = ("charge", "hard_reset", "detach_reset", "x_repeated", "v_every_step")
+
+
+def variant_source(*variant: Any) -> str:
+    """The source of a GPU module with one kernel, in which everything that a ``Variant`` knows is a constant."""
+    known = Variant(*variant)
+    scalar = scalar_of(known.dtype)
+    numbers = [f"u.{name} = {int(getattr(known, name))};" for name in KNOWN]
+    if known.fixed_steps:
+        numbers.append("u.steps = STEPS;")
+    if known.v_reset_is_0:
+        numbers.append("u.v_reset = 0;")
+    pointers = [name for name, kind in fields() if kind == "pointer"]
+    numbers += [f"THERE(u.{name});" if name in known.given else f"u.{name} = nullptr;" for name in pointers]
     macros = {
-        "VARIANT": "",
+        f"KERNEL_{known.kernel}": "",
         "SCALAR": scalar,
         "REAL": "double" if scalar == "double" else "float",
-        "STEPS": steps,
-        "CHARGE": charge,
-        "HARD_RESET": int(hard_reset),
-        "DETACH_RESET": int(detach_reset),
-        "PARAMETRIC": int(parametric),
-        "NORMALISED": int(normalised),
+        "OFFSET": "long long" if known.wide else "int",
+        "LANES": known.lanes,
+        "STEPS": known.steps,
+        "MIN_BLOCKS": 1 if known.steps > 16 or scalar == "double" else 2,  # leaves 255 or 128 registers
+        "CHANNELS_LAST": int(known.channels_last),
+        "TAU_IS_POWER_OF_2": int(known.tau_is_power_of_2),
+        "KNOWN": " ".join(numbers),
     }
     lines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
-    return lines + (surrogate_macros(surrogate) if surrogate is not None else "") + source("neuron_gpu.cu")
+    surrogate = "" if known.surrogate is None else surrogate_macros(known.surrogate)
+    return lines + surrogate + source("neuron_gpu.cu")

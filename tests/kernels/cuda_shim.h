@@ -1,5 +1,5 @@
-// The CUDA built-ins that neuron.cu uses, for a CPU: a block's threads are fibres that take turns at every barrier and
-// ballot, so the GPU's drivers run here line by line. Barriers that not all threads reach, and ballots of incomplete
+// The CUDA built-ins that the kernels use, for a CPU: a block's threads are fibres that take turns at every barrier,
+// ballot and shuffle, so the GPU's drivers run here line by line. Barriers that not all threads reach, and ballots of incomplete
 // warps, end the process with a message.
 #pragma once
 #include <ucontext.h>
@@ -22,7 +22,7 @@ struct Fibre {
     ucontext_t context;
     std::vector<char> stack;
     bool done = false;
-    int waiting = 0;   // 1 at a barrier, 2 at a ballot
+    int waiting = 0;   // 1 at a barrier, 2 at a ballot or shuffle
     unsigned votes[2] = {0, 0}, turn = 0;
 };
 inline std::vector<Fibre> fibres;
@@ -59,6 +59,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     unsigned word = 0;
     for (unsigned lane = 0; lane < 32; lane++) word |= shim::fibres[warp + lane].votes[turn] << lane;
     return word;
+}
+
+inline unsigned __shfl_xor_sync(unsigned mask, unsigned value, int distance) {
+    if (mask != ~0u) shim::fail("a shuffle of part of a warp");
+    shim::Fibre& own = shim::fibres[shim::current];
+    const unsigned turn = own.turn++ % 2, lane = shim::current % 32;
+    own.votes[turn] = value;
+    shim::wait(2);
+    return shim::fibres[shim::current - lane + (lane ^ distance)].votes[turn];
 }
 
 namespace shim {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -14,20 +15,19 @@ import torch
 from scalesnn.kernels import cpu, cuda, launch
 from scalesnn.kernels.source import IDENTITY, fields, variant_source
 
-KERNELS = ("forward", "statistics", "normalise_backward", "pack", "unpack")
-BOUNDS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")  # of a thread's own arrays
-FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", *BOUNDS)
+CHECKS = ("-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error")  # of arrays, of loads
+FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", *CHECKS)
 
 
 def compile_shim(code: str, folder: Path) -> ctypes.CDLL:
-    """Build a variant's source behind the shim, with one launcher a kernel."""
+    """Build a variant's source behind the shim, with a launcher."""
     here = Path(__file__).parent
-    launchers = "".join(
+    name = re.findall(r"#define KERNEL_(\w+)", code)[0]
+    launcher = (
         f'extern "C" void launch_{name}(int columns, int rows FIELDS(AS_PARAMETER)) {{\n'
         f"    shim::run_grid(columns, rows, THREADS, [&] {{ scalesnn_{name}(0 FIELDS(AS_VALUE)); }});\n}}\n"
-        for name in (("backward",) if "#define SURROGATE " in code else KERNELS)
     )
-    text = f'#include "{here / "cuda_shim.h"}"\n' + code + launchers
+    text = f'#include "{here / "cuda_shim.h"}"\n' + code + launcher
     name = hashlib.sha256(text.encode() + (here / "cuda_shim.h").read_bytes()).hexdigest()[:24]
     library = folder / f"shim_{name}.so"
     if not library.exists():
@@ -61,4 +61,4 @@ class GpuOnCpu:
         function.argtypes = [ctypes.c_int, ctypes.c_int, *(cpu.TYPES[kind] for _, kind in fields())]
         function.restype = None
         self.calls.append(name)
-        function(*cuda.launch_grid(name, arguments), *values)
+        function(*cuda.launch_grid(variant, arguments), *values)

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from scalesnn import neuron
 from scalesnn.base import UserError
 from scalesnn.kernels import cpu, cuda, launch, normalisation, ops, self_check, unit
+from scalesnn.kernels.source import Variant
 from scalesnn.parallel.strategy import Strategy
 
 CPU = torch.device("cpu")
@@ -182,7 +183,7 @@ def test_a_module_is_compiled_by_one_process_while_others_wait(
                     held.append(file.name)
 
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=Module))
-    cuda._module.__wrapped__(0, (torch.float32, None, 1, 1, True, False, False, True))
+    cuda._module.__wrapped__(0, Variant("forward", torch.float32))
     assert len(held) == 1
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scalesnn import neuron, surrogate
 from scalesnn.kernels import cuda, normalisation, ops, packing
-from scalesnn.kernels.source import IDENTITY
+from scalesnn.kernels.source import IDENTITY, Variant
 
 N = None
 NAMES = [f"{n.charge}{'-soft' * (n.v_reset is None)}{'-learned' * n.learned}" for n in NEURONS]
@@ -359,9 +359,9 @@ def test_few_blocks_do_the_work_of_many(gpu_on_cpu: GpuOnCpu, monkeypatch: pytes
 
     expected, grid = results(), cuda.launch_grid
 
-    def two_blocks(name: str, arguments: dict[str, object]) -> tuple[int, int]:
-        columns, rows = grid(name, arguments)
-        return (columns if name in ("statistics", "backward") else min(columns, 2)), rows
+    def two_blocks(variant: Variant, arguments: dict[str, object]) -> tuple[int, int]:
+        columns, rows = grid(variant, arguments)
+        return (columns if variant.kernel in ("statistics", "backward") else min(columns, 2)), rows
 
     monkeypatch.setattr(cuda, "launch_grid", two_blocks)
     for one, other in zip(results(), expected, strict=True):
