@@ -42,7 +42,7 @@ lint: install ## ruff and mypy
 gpu-check: ## on a machine with a GPU: everything that can only be checked there (offline, installs nothing)
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
 
-kernel-report: install ## registers, spills and bytes moved of every kernel, into docs/kernels.md
+kernel-report: install ## what the machine code says of every kernel's speed, into docs/kernels.md
 	$(BIN)/python tools/kernel_report.py
 
 mutants: install ## change the kernels' source in every place; the tests must notice (long)

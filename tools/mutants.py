@@ -97,7 +97,8 @@ class Mutant:
 def tests_of(source: str) -> bytes:
     """The text of the tests that the mutants of a source meet."""
     files = {file for files, _ in STAGES[source] for file in files}
-    files |= {KERNEL_TESTS / name for name in ("conftest.py", "gpu_on_cpu.py", "oracle.py", "cuda_shim.h")}
+    helpers = ("conftest.py", "gpu_on_cpu.py", "oracle.py", "variants.py", "cuda_shim.h")
+    files |= {KERNEL_TESTS / name for name in helpers}
     return b"".join(file.read_bytes() for file in sorted(files))
 
 
@@ -132,6 +133,7 @@ def compiles(source: str) -> bool:
     """Whether the changed source compiles; the neurons' in both builds, with a surrogate and without."""
     from gpu_on_cpu import compile_shim
     from oracle import ATAN
+    from variants import unit_variant
 
     from scalesnn.kernels import cpu, spike_conv
     from scalesnn.kernels.source import variant_source
@@ -140,10 +142,10 @@ def compiles(source: str) -> bool:
         if source == "spike_conv.cpp":
             spike_conv.library()
             return True
-        for surrogate in (None, ATAN):
-            cpu.library(surrogate)
-            variant = variant_source(torch.float64, surrogate, 8, 2, True, False, False, True)
-            compile_shim(variant, cpu.cache_folder())
+        cpu.library(None)
+        cpu.library(ATAN)
+        for kernel in ("forward", "backward", "statistics"):
+            compile_shim(variant_source(*unit_variant(kernel, torch.float32, 4)), cpu.cache_folder())
     except subprocess.CalledProcessError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Machine code of a GPU kernel, read without a GPU: compile with NVRTC, disassemble with nvdisasm, find the loops.
+"""Machine code of a GPU kernel, read without a GPU: NVRTC compiles, nvdisasm disassembles, loops are found.
 
 A kernel's dynamic instruction count is that of the longest way through the body of its outermost loop, each
 inner loop taken as often as it is told. Left out, as it is hardly ever run: the slow way of a division
@@ -7,6 +7,7 @@ inner loop taken as often as it is told. Left out, as it is hardly ever run: the
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Instruction", "Kernel", "Loop", "kernels_of", "nvdisasm", "nvrtc_compile"]
+__all__ = ["Instruction", "Kernel", "Loop", "kernel_of", "nvdisasm", "nvrtc_compile"]
 
 OPTIONS = ("-std=c++17", "--fmad=false", "-ftz=true")  # as CuPy compiles (kernels/cuda.py)
 WIDTHS = {".U8": 1, ".S8": 1, ".U16": 2, ".S16": 2, ".64": 8, ".128": 16}  # bytes; else 4
@@ -126,7 +127,7 @@ class Kernel:
                 if instruction.target is not None:
                     starts.add(instruction.target)
         marks = [s for s in sorted(starts) if s < len(self.instructions)] + [len(self.instructions)]
-        return {a: range(a, b) for a, b in zip(marks[:-1], marks[1:], strict=True)}
+        return {a: range(a, b) for a, b in itertools.pairwise(marks)}
 
     @cached_property
     def successors(self) -> dict[int, list[int]]:
@@ -218,20 +219,17 @@ class Kernel:
         return best(loop.head)[1]
 
 
-def kernels_of(cubin: bytes) -> dict[str, Kernel]:
-    """The kernels in a cubin."""
-    text = _disassemble(cubin)
-    pattern = r"EIATTR_REGCOUNT.*?index@\((\w+)\).*?\.word\s+(0x[0-9a-f]+)"
-    registers = {name: int(count, 16) for name, count in re.findall(pattern, text, re.DOTALL)}
+def kernel_of(cubin: bytes) -> Kernel:
+    """The kernel of a module that has one."""
+    found = re.findall(
+        rb"\x04\x2f\x08\x00....(..)\x00\x00", cubin, re.DOTALL
+    )  # EIATTR_REGCOUNT, once or twice
+    registers = {int.from_bytes(count, "little") for count in found}
     _, functions = json.loads(_disassemble(cubin, "-json"))
-    return {
-        function["function-name"]: Kernel(
-            function["function-name"],
-            list(_instructions(function["sass-instructions"])),
-            registers[function["function-name"]],
-        )
-        for function in functions
-    }
+    if len(functions) != 1 or len(registers) != 1:
+        raise ValueError(f"a module of one kernel is read, got {len(functions)}")
+    instructions = list(_instructions(functions[0]["sass-instructions"]))
+    return Kernel(functions[0]["function-name"], instructions, registers.pop())
 
 
 def _instructions(found: list[dict[str, Any]]) -> Iterator[Instruction]:

@@ -1,16 +1,19 @@
-"""How fast a streaming kernel can be on a GPU, from its machine code: a model, held against measurements by gpu-check.
+"""How fast a streaming kernel can be on a GPU, from its machine code: a model.
 
-A neuron-step is one neuron at one time-step. The predicted share of the memory's bandwidth is the least of 1 and
+A neuron-step is one neuron at one time-step. The predicted share of the memory's bandwidth is the least of 1
+and
 
-    in flight   bytes requested before the first is used, by all threads of an SM, ÷ (bandwidth × latency ÷ SMs)
-    overlap     the bytes of a loop's round, by all threads of an SM, in the time of a round alone: the latency and
-                CYCLES an instruction, ÷ (bandwidth ÷ SMs)
-    issue       the rate at which the busiest pipe lets neuron-steps through, ÷ the rate at which their bytes come
+    in flight   bytes asked for before the first is used, by all threads of an SM,
+                ÷ (bandwidth × latency ÷ SMs)
+    overlap     bytes of a loop's round, by all threads of an SM, in the time that a round takes alone (the
+                latency, and CYCLES an instruction), ÷ (bandwidth ÷ SMs)
+    a pipe      the rate at which the busiest pipe, or the issue of instructions, lets neuron-steps through,
+                ÷ the rate at which their bytes come
 
-Assumed: loads come from DRAM after LATENCY under load (about twice the idle latency that microbenchmarks find: 466
-cycles on the A100, 479 on the H100, Luo et al. 2024); SHARE of a pipe's slots can be filled; lanes of a pipe as in
-the CUDA C++ Programming Guide's table of arithmetic throughput; every store reaches DRAM once, and nothing is
-fetched that is not asked for.
+Assumed: loads come from DRAM after the latency under load, taken as about twice the idle latency of
+microbenchmarks (466 cycles on the A100, 479 on the H100, Luo et al. 2024); SHARE of a pipe's slots can be
+filled; lanes of a pipe as in the CUDA C++ Programming Guide's table of arithmetic throughput; every store
+reaches DRAM once, and nothing is fetched that is not asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 
 from sass import Instruction, Kernel, Loop
 
-__all__ = ["DEVICES", "Device", "Prediction", "predict", "resident_threads"]
+__all__ = ["DEVICES", "Device", "Prediction", "hot_loop", "in_flight", "predict", "resident_threads"]
 
 SHARE = 0.85  # of a pipe's slots
 CYCLES = 2.0  # an instruction takes, in a warp that runs alone
@@ -127,7 +130,12 @@ def in_flight(path: list[tuple[Instruction, float]]) -> int:
 
 
 def predict(
-    kernel: Kernel, path: list[tuple[Instruction, float]], device: Device, steps: float, traffic: float, read: float
+    kernel: Kernel,
+    path: list[tuple[Instruction, float]],
+    device: Device,
+    steps: float,
+    traffic: float,
+    read: float,
 ) -> Prediction:
     """The model.
 
@@ -153,6 +161,5 @@ def predict(
         busiest: SHARE / (per_cycle * pipes[busiest]),
     }
     limit = min(limits, key=lambda name: limits[name])
-    return Prediction(
-        kernel.registers, kernel.spills, threads, count, asked, min(1.0, limits[limit]), limit if limits[limit] < 1 else ""
-    )
+    share, limited = min(1.0, limits[limit]), limit if limits[limit] < 1 else ""
+    return Prediction(kernel.registers, kernel.spills, threads, count, asked, share, limited)

@@ -45,7 +45,11 @@ CHANNELS = 64  # of a block that sums over channels that are neighbours in memor
 MOST_STEPS = 16  # for which the sweeps are unrolled; the backward sweep's chunk for more is STEPS
 MOST_BYTES = 64  # of an input in a thread's registers, in the backward sweep
 SMALL = (1 << 31) - (1 << 24)  # elements, and a stride, whose offsets fit 32 bits
-OF_WORDS = ("residual_bits", "bits", "decay", "partial")  # read word by word, not as vectors
+# What is read and written as vectors: in the tensors' dtype; in that of the arithmetic; the last of these in
+# channels_last only.
+AS_TENSORS = ("x", "residual", "spikes", "grad_spikes", "grad_x")
+AS_POTENTIALS = ("v", "v_start", "grad_v", "grad_v_start", "chunk_v")
+AS_COEFFICIENTS = ("mean", "scale", "bias", "mean_grad", "slope_grad")
 HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
 
@@ -114,7 +118,7 @@ def launch_grid(variant: Variant, arguments: dict[str, Any]) -> tuple[int, int]:
 def variant_of(name: str, dtype: torch.dtype, surrogate: str, arguments: dict[str, Any]) -> Variant:
     """What is known of a launch beforehand, from the kernel's arguments."""
     steps, given = arguments["steps"], tuple(field for field in pointers() if arguments[field])
-    most = MOST_STEPS // 2 if name == "normalise_backward" else MOST_STEPS  # which has two inputs, and needs no more
+    most = MOST_STEPS // 2 if name == "normalise_backward" else MOST_STEPS  # two inputs: half as many of each
     unrolled = steps if steps <= most else STEPS if name == "backward" else most
     neuron = name in ("forward", "backward")
     last = arguments["inner"] == 1 and arguments["channels"] > 1
@@ -151,12 +155,13 @@ def _lanes(name: str, dtype: torch.dtype, steps: int, arguments: dict[str, Any])
     if name == "backward":
         while lanes > 1 and lanes * steps * dtype.itemsize > MOST_BYTES:
             lanes //= 2
-    every = 0
-    for field in pointers():
-        if field not in OF_WORDS:
-            every |= arguments[field] or 0
-    while lanes > 1 and (row % lanes or every % min(16, lanes * dtype.itemsize)):
-        lanes = 1
+    in_real = AS_POTENTIALS + (AS_COEFFICIENTS if arguments["inner"] == 1 else ())
+    if row % lanes or any(
+        (arguments[field] or 0) % min(16, lanes * size)
+        for size, names in ((dtype.itemsize, AS_TENSORS), (max(dtype.itemsize, 4), in_real))
+        for field in names
+    ):
+        return 1
     return lanes
 
 

@@ -225,7 +225,7 @@ DEVICE void normalise_backward_tile(const Unit& u, offset i, int n, const real* 
         if (u.mean_grad) x.load(u.x, first, u.size, i, steps, n);
         grad.load(u.grad_spikes, first, u.size, i, steps, n);
         UNROLL for (int k = 0; k < STEPS; k++) if (k < steps) {
-            real y[LANES] = {};
+            real y[LANES];
             if (u.mean_grad) FOR_LANES
                 y[l] = scale[l] * (grad.at(k, l) - mean_grad[l] - (x.at(k, l) - mean[l]) * slope_grad[l]);
             else FOR_LANES y[l] = scale[l] * grad.at(k, l);
@@ -347,7 +347,7 @@ DEVICE void pack_tile(const Unit& u, offset i, int n) {
         Bits<real> bits;
         x.load(u.x, 0, 0, i, 1, n);
         UNROLL for (int k = 0; k < STEPS; k++) if (k < steps_of_chunk(u, first)) {
-            real y[LANES] = {};
+            real y[LANES];
             FOR_LANES y[l] = real(((unsigned)(int)x.at(0, l) >> (first + k)) & 1);
             bits.put(u, first, k, i, n, y);
         }

@@ -125,7 +125,7 @@ KNOWN = ("charge", "hard_reset", "detach_reset", "x_repeated", "v_every_step")
 
 
 def variant_source(*variant: Any) -> str:
-    """The source of a GPU module with one kernel, in which everything that a ``Variant`` knows is a constant."""
+    """The source of a GPU module with one kernel, to which all that a ``Variant`` knows is constant."""
     known = Variant(*variant)
     scalar = scalar_of(known.dtype)
     numbers = [f"u.{name} = {int(getattr(known, name))};" for name in KNOWN]
@@ -142,7 +142,7 @@ def variant_source(*variant: Any) -> str:
         "OFFSET": "long long" if known.wide else "int",
         "LANES": known.lanes,
         "STEPS": known.steps,
-        "MIN_BLOCKS": 1 if known.steps > 16 or scalar == "double" else 2,  # leaves 255 or 128 registers
+        "MIN_BLOCKS": 1 if known.steps > 16 or scalar == "double" else 2,  # 255 or 128 registers
         "CHANNELS_LAST": int(known.channels_last),
         "TAU_IS_POWER_OF_2": int(known.tau_is_power_of_2),
         "KNOWN": " ".join(numbers),

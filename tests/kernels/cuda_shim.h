@@ -103,14 +103,18 @@ inline void run_block(unsigned threads) {
         }
     }
 }
-inline void run_grid(unsigned columns, unsigned rows, unsigned threads, std::function<void()> kernel) {
+// Runs the blocks from the first to the last, in the order of their numbers.
+inline void run_blocks(unsigned columns, unsigned rows, unsigned threads, unsigned first, unsigned last,
+                       std::function<void()> kernel) {
     body = std::move(kernel);
     gridDim = {columns, rows, 1};
     blockDim = {threads, 1, 1};
-    for (unsigned y = 0; y < rows; y++)
-        for (unsigned x = 0; x < columns; x++) {
-            blockIdx = {x, y, 0};
-            run_block(threads);
-        }
+    for (unsigned block = first; block <= last; block++) {
+        blockIdx = {block % columns, block / columns, 0};
+        run_block(threads);
+    }
+}
+inline void run_grid(unsigned columns, unsigned rows, unsigned threads, std::function<void()> kernel) {
+    run_blocks(columns, rows, threads, 0, columns * rows - 1, std::move(kernel));
 }
 }  // namespace shim

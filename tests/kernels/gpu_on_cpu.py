@@ -20,12 +20,17 @@ FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", *CH
 
 
 def compile_shim(code: str, folder: Path) -> ctypes.CDLL:
-    """Build a variant's source behind the shim, with a launcher."""
+    """Build a variant's source behind the shim: ``launch_KERNEL`` and, for a grid's last block,
+    ``last_block_of_KERNEL``."""
     here = Path(__file__).parent
     name = re.findall(r"#define KERNEL_(\w+)", code)[0]
     launcher = (
         f'extern "C" void launch_{name}(int columns, int rows FIELDS(AS_PARAMETER)) {{\n'
         f"    shim::run_grid(columns, rows, THREADS, [&] {{ scalesnn_{name}(0 FIELDS(AS_VALUE)); }});\n}}\n"
+        f'extern "C" void last_block_of_{name}(int columns, int rows FIELDS(AS_PARAMETER)) {{\n'
+        f"    const unsigned last = columns * rows - 1;\n"
+        f"    shim::run_blocks(columns, rows, THREADS, last, last, "
+        f"[&] {{ scalesnn_{name}(0 FIELDS(AS_VALUE)); }});\n}}\n"
     )
     text = f'#include "{here / "cuda_shim.h"}"\n' + code + launcher
     name = hashlib.sha256(text.encode() + (here / "cuda_shim.h").read_bytes()).hexdigest()[:24]

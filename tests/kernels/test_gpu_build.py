@@ -1,18 +1,15 @@
-"""The GPU's build: offline, for four architectures, without spills; and that CuPy is handed the same
-arguments."""
+"""The GPU's build: offline, for four architectures."""
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from oracle import ATAN
+from variants import GIVEN, unit_variant
 
 from scalesnn import surrogate
 from scalesnn.kernels.source import surrogate_key, variant_source
@@ -37,28 +34,34 @@ def nvrtc_compile(code: str, architecture: str) -> bytes:
     return bytes(cubin)
 
 
-VARIANTS = [  # dtype, steps, charge, hard reset, detached reset, parametric, normalised
-    (torch.float32, 32, 2, True, False, True, True),
-    (torch.bfloat16, 8, 3, True, False, False, True),
-    (torch.float32, 4, 1, False, True, False, True),
-    (torch.float16, 32, 2, False, False, False, True),
-    (torch.bfloat16, 32, 3, False, False, True, False),
-    (torch.float32, 1, 0, False, False, False, True),
-    (torch.float64, 8, 2, True, False, False, False),
+VARIANTS = [  # dtype, steps, and what unit_variant takes
+    (torch.float32, 32, "decay", {}),
+    (torch.bfloat16, 8, "residual_bits", {"charge": 3}),
+    (torch.float32, 4, "v_start", {"charge": 1, "hard_reset": False, "detach_reset": 1}),
+    (torch.float16, 16, "residual", {"hard_reset": False, "tau": 1.7, "channels_last": False}),
+    (torch.bfloat16, 32, "decay", {"charge": 3, "hard_reset": False, "normalised": False}),
+    (torch.bfloat16, 16, "decay", {"v_reset": -0.1}),
+    (torch.float32, 16, "decay", {"v_reset": -0.1, "channels_last": False}),
+    (torch.float32, 1, "residual", {"charge": 0}),
+    (torch.float64, 8, "grad_v", {"v_every_step": 1, "normalised": False}),
 ]
 VARIANTS = VARIANTS[:2] + [pytest.param(variant, marks=pytest.mark.long) for variant in VARIANTS[2:]]
+
+
+def code_of(kernel: str, variant: tuple) -> str:
+    dtype, steps, also, others = variant
+    if kernel in ("forward", "backward"):
+        return variant_source(*unit_variant(kernel, dtype, steps, also, **others))
+    last = others.get("channels_last", True)
+    return variant_source(*unit_variant(kernel, dtype, min(steps, 8), channels_last=last))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x).replace("torch.", "") for x in v))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nvrtc_compiles_every_kernel(architecture: str, variant: tuple) -> None:
-    dtype, steps, *rest = variant
-    assert b".text.scalesnn_backward" in nvrtc_compile(
-        variant_source(dtype, ATAN, steps, *rest), architecture
-    )
-    cubin = nvrtc_compile(variant_source(dtype, None, 1, *rest), architecture)
-    for kernel in (b"forward", b"statistics", b"normalise_backward", b"pack", b"unpack"):
-        assert b".text.scalesnn_" + kernel in cubin
+    for kernel in GIVEN:
+        cubin = nvrtc_compile(code_of(kernel, variant), architecture)
+        assert b".text.scalesnn_" + kernel.encode() in cubin
 
 
 def closed_surrogates() -> list[surrogate.SurrogateFunctionBase]:
@@ -74,35 +77,7 @@ def closed_surrogates() -> list[surrogate.SurrogateFunctionBase]:
 @pytest.mark.parametrize("function", closed_surrogates(), ids=lambda s: type(s).__name__)
 def test_every_surrogate_compiles(function: surrogate.SurrogateFunctionBase) -> None:
     key = surrogate_key(str(function.kernel_expression), tuple(function.kernel_parameters()))
-    nvrtc_compile(variant_source(torch.float32, key, 1, 1, True, False, False, True), "sm_90")
-
-
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[0] != torch.float64], ids=str)
-def test_no_kernel_spills(variant: tuple, tmp_path: Path) -> None:
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH")
-    dtype, steps, *rest = variant
-    found = []
-    for surrogate_key_or_none in (ATAN, None):
-        source = tmp_path / "neuron.cu"
-        source.write_text(variant_source(dtype, surrogate_key_or_none, steps, *rest))
-        command = [
-            "nvcc",
-            "-cubin",
-            "-arch=sm_90",
-            "-std=c++17",
-            "--fmad=false",
-            "-Xptxas",
-            "-v",
-            str(source),
-        ]
-        command += ["-o", str(tmp_path / "neuron.cubin")]
-        report = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stderr
-        found += re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
-        )
-    assert len(found) == 6
-    assert all(sizes == ("0", "0", "0") for sizes in found)
+    nvrtc_compile(variant_source(*unit_variant("backward", torch.float32, 1, surrogate=key)), "sm_90")
 
 
 def test_gpu_check_says_that_there_is_no_gpu() -> None:

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 from gpu_on_cpu import GpuOnCpu
-from oracle import ATAN, NEURONS
+from oracle import NEURONS
 from ptx_instructions import UnknownPtxError
 from ptx_on_cpu import CUPY_OPTIONS, PtxOnCpu, compile_ptx, run_ptx, to_ptx, unfused_problems
 from ptx_to_cpp import translate
 from torch import Tensor
+from variants import unit_variant
 
 from scalesnn import neuron, surrogate
 from scalesnn.kernels import cpu, cuda, launch, normalisation, ops, packing
 from scalesnn.kernels.source import variant_source
 
 N = None
-FLOAT_VARIANT = (torch.float32, ATAN, 4, 2, True, False, False, True)
 HEAD = ".version 9.2\n.target sm_90\n.address_size 64\n"
 
 
@@ -233,13 +233,13 @@ def test_ptx_is_made_with_cupys_options(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_product_is_fused_with_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = variant_source(*FLOAT_VARIANT)
+    code = variant_source(*unit_variant("backward", torch.float32, 4))
     assert not unfused_problems(code, to_ptx(code))
     assert ".ftz.f32" in to_ptx(code)
     monkeypatch.setattr(cuda, "OPTIONS", ("-std=c++17", "--fmad=true"))
     problems = unfused_problems(code, to_ptx(code))
     assert any("fma.rn" in problem for problem in problems)
-    with_exp = variant_source(torch.float32, "alpha|exp(-alpha * x)", *FLOAT_VARIANT[2:])
+    with_exp = variant_source(*unit_variant("backward", torch.float32, 4, surrogate="alpha|exp(-alpha * x)"))
     assert not unfused_problems(with_exp, kernel("fma.rn.f32 %f1, %f2, %f3, %f4;")), (
         "CUDA's exp is made of fma"
     )
