@@ -68,7 +68,7 @@ def _disassemble(cubin: bytes, *options: str) -> str:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One of SASS: its opcode with all its parts, its operands, and whether a predicate guards it."""
+    """One of SASS: its opcode with all its parts, its operands, and whether a predicate decides on it."""
 
     opcode: str
     operands: str
@@ -234,4 +234,6 @@ def kernel_of(cubin: bytes) -> Kernel:
 
 def _instructions(found: list[dict[str, Any]]) -> Iterator[Instruction]:
     for one in found:
-        yield Instruction(one["opcode"], one.get("operands", ""), "predicate" in one)
+        opcode, operands = one["opcode"], one.get("operands", "")
+        by_operand = opcode.startswith("BRA") and "," in operands  # BRA.U !UP0, target
+        yield Instruction(opcode, operands, "predicate" in one or by_operand)

@@ -128,7 +128,7 @@ def variant_of(name: str, dtype: torch.dtype, surrogate: str, arguments: dict[st
         surrogate if name == "backward" else None,
         _lanes(name, dtype, unrolled, arguments),
         1 if name == "unpack" else unrolled,
-        steps <= most and name != "unpack",
+        steps if steps <= MOST_STEPS and name != "unpack" else 0,
         max(steps, 1) * arguments["size"] > SMALL,
         last,
         neuron and math.frexp(arguments["tau"])[0] == 0.5,

@@ -232,6 +232,10 @@ DEVICE void store_totals(const Unit& u, offset c, const real (*totals)[LANES]) {
 }
 
 // ------------------------------------------------------------------------------------------------ kernels
+#if defined(KERNEL_backward) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200 && STEPS > 8
+#undef MIN_BLOCKS
+#define MIN_BLOCKS 1  // an SM has little bandwidth there: a few threads without spills use it
+#endif
 #define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scalesnn_##name(int unused FIELDS(AS_PARAMETER))
 #define THERE(pointer) if (!(pointer)) __builtin_unreachable()
 #define MAKE_UNIT                        \

@@ -96,7 +96,7 @@ class Variant(NamedTuple):
         surrogate: of 'backward', else None.
         lanes: neighbours that a thread takes at a time.
         steps: for how many steps the sweeps are unrolled.
-        fixed_steps: there are no more steps than these.
+        fixed_steps: how many steps there are; 0 where only the launch says.
         wide: offsets need 64 bits.
         channels_last, tau_is_power_of_2, v_reset_is_0: as they say; 1 / tau is exact then.
         others: as in the kernel source.
@@ -108,7 +108,7 @@ class Variant(NamedTuple):
     surrogate: str | None = None
     lanes: int = 1
     steps: int = 1
-    fixed_steps: bool = False
+    fixed_steps: int = 0
     wide: bool = False
     channels_last: bool = False
     tau_is_power_of_2: bool = False
@@ -130,7 +130,7 @@ def variant_source(*variant: Any) -> str:
     scalar = scalar_of(known.dtype)
     numbers = [f"u.{name} = {int(getattr(known, name))};" for name in KNOWN]
     if known.fixed_steps:
-        numbers.append("u.steps = STEPS;")
+        numbers.append(f"u.steps = {known.fixed_steps};")
     if known.v_reset_is_0:
         numbers.append("u.v_reset = 0;")
     pointers = [name for name, kind in fields() if kind == "pointer"]
@@ -142,7 +142,7 @@ def variant_source(*variant: Any) -> str:
         "OFFSET": "long long" if known.wide else "int",
         "LANES": known.lanes,
         "STEPS": known.steps,
-        "MIN_BLOCKS": 1 if known.steps > 16 or scalar == "double" else 2,  # 255 or 128 registers
+        "MIN_BLOCKS": _min_blocks(known),
         "CHANNELS_LAST": int(known.channels_last),
         "TAU_IS_POWER_OF_2": int(known.tau_is_power_of_2),
         "KNOWN": " ".join(numbers),
@@ -150,3 +150,9 @@ def variant_source(*variant: Any) -> str:
     lines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
     surrogate = "" if known.surrogate is None else surrogate_macros(known.surrogate)
     return lines + surrogate + source("neuron_gpu.cu")
+
+
+def _min_blocks(variant: Variant) -> int:
+    """Blocks that an SM must be able to hold: with 1 a thread has 255 registers, with 2 128."""
+    learned = variant.kernel == "backward" and "decay" in variant.given
+    return 1 if variant.dtype == torch.float64 or variant.steps > (8 if learned else 16) else 2

@@ -186,5 +186,6 @@ def test_what_a_variant_knows_is_what_the_launch_says() -> None:
     assert unit_variant("forward", torch.bfloat16, 4, scale=8).lanes == 1
     assert unit_variant("forward", torch.bfloat16, 4, scale=4, channels_last=False).lanes == 4
     assert unit_variant("forward", torch.float32, 17).steps == 16
-    assert not unit_variant("forward", torch.float32, 17).fixed_steps
+    assert unit_variant("forward", torch.float32, 17).fixed_steps == 0
+    assert unit_variant("normalise_backward", torch.float32, 16)[4:6] == (8, 16)
     assert unit_variant("backward", torch.float32, 17).steps == 32
