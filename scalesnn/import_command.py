@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,11 @@ def check_family(file: Path, model: str, published: Published) -> None:
             f"give {published.family}_{model.partition('_')[2]} or another of its kind"
         )
     if published.neurons == "PSN":
-        weight = next(value for key, value in published.tensors.items() if key.endswith("sn1.weight"))
+        weight = next(value for key, value in published.tensors.items() if re.search(r"sn\d*\.weight$", key))
+        steps = weight.shape[-1] if weight.dim() else 1
         offset = ", and a learned offset of the images, pe," if "pe" in published.tensors else ""
         raise UserError(
-            f"{file} holds PSN neurons (T = {len(weight)}){offset} which scalesnn does not have yet: nothing "
+            f"{file} holds PSN neurons (T = {steps}){offset} which scalesnn does not have yet: nothing "
             "is written"
         )
 
@@ -120,10 +122,10 @@ def fitting_net(file: Path, model: str, published: Published) -> nn.Module:
         UserError: the weights do not fit it; names the first three keys of each kind.
     """
     tensors = published.tensors
-    stem = tensors.get("conv1.weight", tensors.get("conv1.0.weight"))
-    if stem is None or stem.dim() != 4 or "fc.weight" not in tensors:
+    stem, head = tensors.get("conv1.weight", tensors.get("conv1.0.weight")), tensors.get("fc.weight")
+    if stem is None or stem.dim() != 4 or head is None or head.dim() != 2:
         raise UserError(f"{file}: it lacks the first convolution or the classifier, so it is not a {model}")
-    settings: dict[str, Any] = {"num_classes": len(tensors["fc.weight"]), "in_channels": stem.shape[1]}
+    settings: dict[str, Any] = {"num_classes": len(head), "in_channels": stem.shape[1]}
     if published.neurons == "PLIF":
         settings["spiking_neuron"] = neuron.ParametricLIFNode
 

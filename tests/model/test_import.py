@@ -227,6 +227,25 @@ def test_old_if_neurons_are_ours():
             "the keys (a, b, …) are those of none of sew, ms, psn, ",
         ),
         ({"a": torch.ones(1)}, ["--from", "sew"], "it lacks the first convolution or the classifier"),
+        (
+            {
+                "layer1.0.conv1.module.0.weight": torch.ones(1),
+                "conv1.weight": torch.ones(1, 1, 1, 1),
+                "fc.weight": 3,
+            },
+            [],
+            "it lacks the first convolution or the classifier",
+        ),
+        (
+            {
+                "layer1.0.conv1.weight": torch.ones(1),
+                "conv1.weight": torch.ones(()),
+                "fc.weight": torch.ones(()),
+            },
+            [],
+            "it lacks the first convolution or the classifier",
+        ),
+        ({"layer1.0.downsample_sn.fc.weight": torch.ones(4, 4)}, [], "holds PSN neurons (T = 4)"),
         ({"model": Container()}, [], "holds pickled code"),
         ({"a": torch.ones(1)}, ["--model", "sew_resnet19"], "did you mean 'sew_resnet18'?"),
     ],
