@@ -157,7 +157,10 @@ def test_a_layer_that_looks_ahead_takes_a_pass_for_each_T() -> None:
     assert not prefixes_hold(nn.Sequential(Parallel()))
 
 
-@pytest.mark.parametrize("command", ["evaluate", "energy", "predict", "export"])
+@pytest.mark.parametrize(
+    "command",
+    ["evaluate", "export", *(pytest.param(c, marks=pytest.mark.long) for c in ("energy", "predict"))],
+)
 def test_bad_sources_are_one_line(
     command: str, run: Path, weights: Path, images: Path, tmp_path: Path, capsys
 ) -> None:

@@ -120,7 +120,10 @@ NETS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.long) if k in ("spiking", "ms deep stem") else k for k in NETS],
+)
 def test_residual_nets_spike_alike_in_two_readers(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     net = lively(NETS[kind]())
