@@ -132,14 +132,25 @@ class StepGraph:
         return logits, loss, self.strategy.count(StepResult(norm, finite, skipped=not finite))
 
     def _take(self) -> None:
-        """Rehearse the step, which takes it too; from the second call on, record it once and replay it."""
+        """Rehearse the step, which takes it too; from the second call on, replay it, recorded."""
+        if not self.rehearsed:
+            with self._without_host(), self.recorder.stream(), self.recorder.rehearsal():
+                self._step()
+            self.rehearsed = True
+            return
+        if self.replay is None:
+            with self._without_host():
+                self.replay = self.recorder.record(self._step)
+        self.replay()
+
+    @contextlib.contextmanager
+    def _without_host(self) -> Iterator[None]:
+        """Say what needs the host."""
         numbers = _host_random_state()
         try:
-            if not self.rehearsed:
-                with self.recorder.stream(), self.recorder.rehearsal():
-                    self._step()
-            elif self.replay is None:
-                self.replay = self.recorder.record(self._step)
+            yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UserError(f"--cuda-graph: {_place(error)}; leave --cuda-graph out") from error
         if _host_random_state() != numbers:
@@ -147,9 +158,6 @@ class StepGraph:
                 "--cuda-graph: the step draws random numbers on the host, which a recorded step would not; "
                 "draw them on the GPU, or leave --cuda-graph out"
             )
-        if self.replay is not None:
-            self.replay()
-        self.rehearsed = True
 
     def _fits(self, images: Tensor, targets: Tensor) -> bool:
         if self.batch is None:
