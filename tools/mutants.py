@@ -37,12 +37,13 @@ sys.path[:0] = [str(ROOT), str(KERNEL_TESTS)]
 KERNELS = ROOT / "scalesnn" / "kernels"
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 EXPLAINED = Path(__file__).with_name("mutants_explained.yaml")
-UNIT, SPIKES, MODELS, CONV, MEMORY = (
+UNIT, SPIKES, MODELS, CONV, MEMORY, GEOMETRY = (
     KERNEL_TESTS / f"test_{name}.py"
-    for name in ("unit_op", "spike_ops", "fused_models", "spike_conv", "memory_checker")
+    for name in ("unit_op", "spike_ops", "fused_models", "spike_conv", "memory_checker", "gpu_geometry")
 )
 NEURON_STAGES = [  # tests and their names; the first stage notices most, and is fast
     ([UNIT], "(batch_norm_unit_and_gradients and shape0) or (equal_the_oracle and 70)"),
+    ([GEOMETRY], ""),
     ([SPIKES, UNIT], "not opcheck and not (equal_the_oracle and 70)"),
     ([SPIKES, MODELS], "opcheck or test_fused"),
     ([MEMORY], "stay_within"),
