@@ -133,7 +133,7 @@ def _function(entry: Entry, outer: Names, offset: list[int], read_only: bool) ->
             for name in split_operands(found[2]):
                 ranged = re.fullmatch(r"(%?\w+)<(\d+)>", name)
                 many = [f"{ranged[1]}{k}" for k in range(int(ranged[2]))] if ranged else [name]
-                where = declared if ranged or name.startswith("%") else lines
+                where = declared if ranged else lines  # others may belong to a scope
                 where.extend(f"{REGISTERS[found[1]]} {register(one)};" for one in many)
         elif text.startswith((".shared", ".local")):
             declared.append(_variable(text, names, offset))

@@ -90,6 +90,8 @@ def test_instructions_compute_what_the_ptx_isa_says(tmp_path: Path) -> None:
     mul.rn.ftz.f32 %f5, %f3, 0f3F800000;              // flushed to a nought of the same sign
     cvt.rn.bf16x2.f32 %r1, %f1, %f2;                  // %f1 above
     { .reg .b16 low, high; mov.b32 {low, high}, %r1; mov.b32 %r2, {high, low}; }
+    { .reg .b32 %temp; mov.b32 %temp, %r2; }          // names of a scope, as libdevice has them
+    { .reg .b32 %temp; mov.b32 %temp, %r2; mov.b32 %r2, %temp; }
     shfl.sync.bfly.b32 %r3|%p1, %r2, 16, 31, -1;
     setp.gt.and.f32 %p2|%p3, %f1, 0f00000000, %p1;
     @!%p2 bra $L_1;
