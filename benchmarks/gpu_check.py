@@ -207,7 +207,12 @@ def speed(report: Report, device: torch.device) -> None:
             row: dict[str, Any] = {"what": kind, "dtype": str(dtype), "T": T, "seconds": {}}
             for backend in ("cupy", "torch", *(("spikingjelly_triton",) if peer else ())):
                 try:
-                    row["seconds"][backend] = _time_unit(kind, backend, x, layer, neuron, surrogate)
+                    step = _unit_step(kind, backend, x, layer, neuron, surrogate)
+                    row["seconds"][backend] = seconds(step)
+                    if (kind, backend) == ("bn_neuron", "cupy"):
+                        row["kernels"] = against_model(
+                            _kernel_seconds(step), x, torch.cuda.get_device_name(device), part
+                        )
                 except Exception as error:
                     row["seconds"][backend] = f"failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
                 torch.cuda.empty_cache()
@@ -218,11 +223,16 @@ def speed(report: Report, device: torch.device) -> None:
             rows.append(row)
             report.write()
             print(f"  {kind:10} {str(dtype)[6:]:9} T={T:3} {row['seconds']}")
+            for found in row.get("kernels", ()):
+                share, predicted = found["measured_share"], found["predicted_share"]
+                print(f"    {found['kernel']:20} {share:.0%} of the bandwidth, predicted {predicted:.0%}")
         del x
 
 
-def _time_unit(kind: str, backend: str, x: Tensor, layer: Any, neuron: Any, surrogate: Any) -> float:
-    """Forward and backward of the neuron, or of BN + neuron."""
+def _unit_step(
+    kind: str, backend: str, x: Tensor, layer: Any, neuron: Any, surrogate: Any
+) -> Callable[[], None]:
+    """Make a function that runs forward and backward of the neuron, or of BN + neuron."""
     if backend == "spikingjelly_triton":
         from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
@@ -248,7 +258,46 @@ def _time_unit(kind: str, backend: str, x: Tensor, layer: Any, neuron: Any, surr
             out = bn(leaf, neuron=node) if backend != "spikingjelly_triton" else node(bn(leaf))
         out.backward(grad)
 
-    return seconds(step)
+    return step
+
+
+def _kernel_seconds(step: Callable[[], None], rounds: int = 5) -> dict[str, float]:
+    """Mean seconds on the device of each of our kernels, by its name without ``scalesnn_``."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(rounds):
+            step()
+        torch.cuda.synchronize()
+    return {
+        event.key.removeprefix("scalesnn_"): event.device_time_total / event.count * 1e-6
+        for event in profile.key_averages()
+        if event.key.startswith("scalesnn_")
+    }
+
+
+def against_model(
+    measured_s: dict[str, float], x: Tensor, device_name: str, bandwidths: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Measured shares of the bandwidth beside those that tools/kernel_report.py predicts from machine code.
+
+    Args:
+        measured_s: seconds of each kernel for one input ``x``, [T, N, C, H, W] and contiguous.
+        device_name: as torch names it; a device without predictions gives an empty list.
+        bandwidths: with peak_bytes_per_s, or copy_bytes_per_s where the peak is not known.
+    """
+    predictions = json.loads((ROOT / "benchmarks" / "results" / "kernel_report.json").read_text())
+    bandwidth = bandwidths["peak_bytes_per_s"] or bandwidths["copy_bytes_per_s"]
+    wanted = (str(x.dtype).removeprefix("torch."), x.shape[0], False)
+    return [
+        {
+            "kernel": row["kernel"],
+            "measured_share": row["bytes"] * x.numel() / measured_s[row["kernel"]] / bandwidth,
+            "predicted_share": row["share"],
+        }
+        for row in predictions
+        if (row["dtype"], row["T"], row["channels_last"]) == wanted
+        and row["gpu"] in device_name
+        and row["kernel"] in measured_s
+    ]
 
 
 # ------------------------------------------------------------------------------------------ training

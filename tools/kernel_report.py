@@ -90,7 +90,8 @@ def speeds(rows: list[dict[str, Any]]) -> list[str]:
             )
             rows.append(
                 {"kernel": name, "channels_last": last, "dtype": DTYPES[dtype], "T": steps}
-                | {"gpu": device.name, "lanes": variant.lanes, **asdict(found)}
+                | {"gpu": device.name, "lanes": variant.lanes, "bytes": traffic(name, dtype)[0]}
+                | asdict(found)
             )
         layout = "channels_last" if last else "contiguous"
         load = f"{variant.lanes} × {dtype.itemsize} B"

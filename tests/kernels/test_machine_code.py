@@ -10,7 +10,8 @@ import pytest
 import torch
 from variants import unit_variant
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="reading machine code needs NVRTC")
 kernel_report = pytest.importorskip("kernel_report")
@@ -101,3 +102,18 @@ def test_the_spilling_of_registers_is_seen() -> None:
         *unit_variant("backward", torch.bfloat16, 8)
     ).replace("#define MIN_BLOCKS 2\n", "")
     assert sass.kernel_of(sass.nvrtc_compile(code, "sm_90")).spills > 0
+
+
+def test_gpu_check_holds_the_predictions_against_measured_times() -> None:
+    gpu_check = pytest.importorskip("gpu_check")
+    x = torch.empty(8, 2, 4, 4, 4, dtype=torch.bfloat16)
+    seconds = {"forward": x.numel() * (2 + 2 + 1 / 8) / 1e12, "backward": x.numel() * 6 / 2e12, "other": 1.0}
+    bandwidths = {"peak_bytes_per_s": 2e12, "copy_bytes_per_s": 1.0}
+    found = gpu_check.against_model(seconds, x, "NVIDIA H100 80GB HBM3", bandwidths)
+    shares = {row["kernel"]: row["measured_share"] for row in found}
+    assert shares == pytest.approx({"forward": 0.5, "backward": 1.0})
+    predicted = {row["kernel"]: row["predicted_share"] for row in found}
+    for kernel, share in predicted.items():
+        variant = unit_variant(kernel, torch.bfloat16, 8, channels_last=False)
+        assert share == pytest.approx(kernel_report.prediction(variant, 8, H100).share)  # the file is of now
+    assert gpu_check.against_model(seconds, x, "Another GPU", bandwidths) == []
