@@ -241,7 +241,7 @@ DEVICE void store_totals(const Unit& u, offset c, const real (*totals)[LANES]) {
 #define MAKE_UNIT                        \
     Unit u = {unused FIELDS(AS_VALUE)};  \
     KNOWN                                \
-    const REAL rate = u.decay ? *(const REAL*)u.decay : REAL(0);
+    [[maybe_unused]] const REAL rate = u.decay ? *(const REAL*)u.decay : REAL(0);
 
 #ifdef KERNEL_forward
 KERNEL(forward) {
