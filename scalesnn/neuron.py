@@ -220,46 +220,40 @@ class BaseNode(MemoryModule):
         """The name of this neuron's charge in ``kernels.ops.CHARGES``; None for one the kernels do not know,
         such as
         a subclass with a charge, a fire or a reset of its own."""
-        if any(getattr(type(self), name) is not getattr(BaseNode, name) for name in _FUSED_METHODS):
-            return None
-        charge = type(self).neuronal_charge
-        if charge is IFNode.neuronal_charge:
-            return "integrate"
-        if charge in (LIFNode.neuronal_charge, ParametricLIFNode.neuronal_charge):
-            return "leaky_with_input" if self.decay_input else "leaky"
-        return None
+        kind = type(self)
+        if kind not in _charges:
+            _charges[kind] = _find_charge(kind)
+        charge = _charges[kind]
+        return "leaky_with_input" if charge == "leaky" and self.decay_input else charge
 
     def _fused(self, x_seq: Tensor, norm: Normalisation | None = None) -> Tensor | None:
         """Spikes from a fused kernel, with ``v`` (and ``v_seq``) updated; None where none can run."""
-        fuses = self.fuses(x_seq)
+        fuses = norm is not None or self.fuses(x_seq)  # with a normalisation, its layer has asked
         if not torch.compiler.is_compiling():
             log_backend(backend_name(x_seq.device) if fuses else "torch", x_seq.device.type)
-        surrogate = self.surrogate_function
-        known = (
-            neuron_surrogate(surrogate.kernel_expression, surrogate.kernel_parameters()) if fuses else None
-        )
-        if known is None:
+        parameters = self._kernel_parameters() if fuses else None
+        if parameters is None:
             return None
         if isinstance(self.v, Tensor):
             self._fit_v(x_seq, x_seq.shape[1:])
         w = getattr(self, "w", None)
-        charge = self._kernel_neuron
-        assert charge is not None
-        parameters = NeuronParameters(
-            charge,
-            self.v_threshold,
-            self.v_reset,
-            self.detach_reset,
-            *known,
-            tau=getattr(self, "tau", 1.0),
-            decay=None if w is None else w.sigmoid(),
-        )
-        spikes, v = fused_unit(x_seq, parameters, self.v, self.store_v_seq, norm)
+        decay = None if w is None else w.sigmoid()
+        spikes, v = fused_unit(x_seq, parameters, self.v, self.store_v_seq, norm, decay)
         if self.store_v_seq:
             self.v_seq, self.v = v, v[-1]
         else:
             self.v = v
         return spikes
+
+    def _kernel_parameters(self) -> NeuronParameters | None:
+        """The neuron as the kernels have it; None where they cannot have its surrogate."""
+        surrogate, charge = self.surrogate_function, self._kernel_neuron
+        assert charge is not None
+        known = neuron_surrogate(surrogate.kernel_expression, surrogate.kernel_parameters())
+        if known is None:
+            return None
+        numbers = (self.v_threshold, self.v_reset, self.detach_reset)
+        return NeuronParameters(charge, *numbers, *known, getattr(self, "tau", 1.0))
 
     def _torch_multi_step(self, x_seq: Tensor) -> Tensor:
         """The reference: one step after the other in plain torch."""
@@ -352,6 +346,18 @@ class ParametricLIFNode(_LeakyNode):
     def _shown_tau(self) -> object:
         w = self.w.detach()  # held by another rank where it is empty (ZeRO-3)
         return f"{1 / w.sigmoid().item():.6g}" if w.numel() else "elsewhere"
+
+
+_charges: dict[type, str | None] = {}  # of classes, what ``_find_charge`` found
+
+
+def _find_charge(kind: type[BaseNode]) -> str | None:
+    if any(getattr(kind, name) is not getattr(BaseNode, name) for name in _FUSED_METHODS):
+        return None
+    if kind.neuronal_charge is IFNode.neuronal_charge:
+        return "integrate"
+    leaky = (LIFNode.neuronal_charge, ParametricLIFNode.neuronal_charge)
+    return "leaky" if kind.neuronal_charge in leaky else None
 
 
 _FUSED_METHODS = ("neuronal_fire", "neuronal_reset", "single_step_forward", "_torch_multi_step", "prepare_v")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 
 from scalesnn.kernels.build import BUILD_ERRORS, HAS_COMPILER, cache_folder, reason, shared_library
-from scalesnn.kernels.source import SCALARS, fields, scalar_of, source, surrogate_macros, symbol
+from scalesnn.kernels.source import SCALARS, scalar_of, source, surrogate_macros, symbol
 
 __all__ = ["HAS_COMPILER", "available", "cache_folder", "call", "library"]
 
@@ -26,8 +27,10 @@ FLAGS = (
     "-fno-trapping-math",
     "-fopenmp",
 )
-TYPES = {"integer": ctypes.c_longlong, "number": ctypes.c_double, "pointer": ctypes.c_void_p}
-FUNCTIONS = ("forward", "statistics", "normalise_backward", "pack", "unpack")
+FUNCTIONS = (
+    *("forward", "statistics", "normalise_backward"),
+    *("channel_sums", "coefficients", "channel_gradients", "pack", "unpack"),
+)
 
 
 @cache
@@ -52,12 +55,17 @@ def library(surrogate: str | None) -> ctypes.CDLL:
     loaded = shared_library("neuron", code, FLAGS)
     for name in FUNCTIONS if surrogate is None else ("backward",):
         function = getattr(loaded, symbol(name))
-        function.argtypes = [ctypes.c_int, ctypes.c_int, *(TYPES[kind] for _, kind in fields())]
+        function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
         function.restype = None
     return loaded
 
 
-def call(name: str, dtype: torch.dtype, surrogate: str | None, values: list[int | float | None]) -> None:
-    """Run a kernel on CPU memory; ``values`` are its arguments, in the order of ``source.fields()``."""
-    kind = list(SCALARS.values()).index(scalar_of(dtype))
-    getattr(library(surrogate), symbol(name))(kind, torch.get_num_threads(), *values)
+@cache
+def _function(name: str, surrogate: str | None, dtype: torch.dtype) -> tuple[Any, int]:
+    return getattr(library(surrogate), symbol(name)), list(SCALARS.values()).index(scalar_of(dtype))
+
+
+def call(name: str, dtype: torch.dtype, surrogate: str | None, arguments: bytes) -> None:
+    """Run a kernel on CPU memory; ``arguments`` are packed (``source.unpacked``)."""
+    function, kind = _function(name, surrogate, dtype)
+    function(kind, torch.get_num_threads(), arguments)

@@ -8,17 +8,19 @@ module while the others of the machine wait for it.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import math
 import os
+import struct
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from scalesnn.kernels.build import cache_folder, lock, reason
 from scalesnn.kernels.source import STEPS, Variant, fields, symbol, variant_source
@@ -27,8 +29,8 @@ __all__ = [
     "HAS_CUPY",
     "OPTIONS",
     "THREADS",
+    "Launch",
     "available",
-    "call",
     "launch_grid",
     "module_folder",
     "slabs_for",
@@ -50,6 +52,8 @@ SMALL = (1 << 31) - (1 << 24)  # elements, and a stride, whose offsets fit 32 bi
 AS_TENSORS = ("x", "residual", "spikes", "grad_spikes", "grad_x")
 AS_POTENTIALS = ("v", "v_start", "grad_v", "grad_v_start", "chunk_v")
 AS_COEFFICIENTS = ("mean", "scale", "bias", "mean_grad", "slope_grad")
+COLUMNS = 8  # channels of a block where channels are finished, as in the kernel source
+FINISHING = ("channel_sums", "coefficients", "channel_gradients")  # what becomes of a channel's sums
 HAS_CUPY = importlib.util.find_spec("cupy") is not None
 
 
@@ -110,6 +114,8 @@ def slabs_for(channels: int, inner: int, size: int, multiprocessors: int) -> int
 
 def launch_grid(variant: Variant, arguments: dict[str, Any]) -> tuple[int, int]:
     """The blocks of a launch, from the kernel's arguments."""
+    if variant.kernel in FINISHING:
+        return -(-arguments["channels"] // COLUMNS), 1
     if variant.kernel in ("statistics", "backward"):
         return -(-arguments["channels"] // (CHANNELS if variant.channels_last else 1)), arguments["slabs"]
     return max(1, min(-(-arguments["size"] // (THREADS * variant.lanes)), MOST_BLOCKS)), 1
@@ -118,6 +124,8 @@ def launch_grid(variant: Variant, arguments: dict[str, Any]) -> tuple[int, int]:
 def variant_of(name: str, dtype: torch.dtype, surrogate: str, arguments: dict[str, Any]) -> Variant:
     """What is known of a launch beforehand, from the kernel's arguments."""
     steps, given = arguments["steps"], tuple(field for field in pointers() if arguments[field])
+    if name in FINISHING:
+        return Variant(name, dtype, given=given)
     most = MOST_STEPS // 2 if name == "normalise_backward" else MOST_STEPS  # two inputs: half as many of each
     unrolled = steps if steps <= most else STEPS if name == "backward" else most
     neuron = name in ("forward", "backward")
@@ -165,22 +173,75 @@ def _lanes(name: str, dtype: torch.dtype, steps: int, arguments: dict[str, Any])
     return lanes
 
 
-def call(name: str, x: Tensor, surrogate: str, arguments: dict[str, Any]) -> None:
-    """Run a kernel on the GPU of ``x``.
+_threads = threading.local()  # which GPUs' contexts a thread has
+
+
+class Launch:
+    """A kernel's launch on the GPU ``index``, on torch's current stream.
+
+    Its parameters lie in one buffer, of which a call writes the addresses. Which of these are null, and how
+    they are aligned, may choose the variant.
 
     Args:
-        name: the kernel.
-        x: gives the dtype and the device.
-        surrogate: ``source.surrogate_key``.
-        arguments: every argument of ``source.fields()`` by name; pointers as integers, or None.
+        name: the kernel. dtype: of the tensors. surrogate: ``source.surrogate_key``.
+        numbers: of ``source.fields()``, by their names. addresses: the names of the pointers of a call.
+        packed: the numbers (``source.constants``). pack: of the addresses (``source.pointers``).
     """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        index: int,
+        surrogate: str,
+        numbers: dict[str, Any],
+        addresses: tuple[str, ...],
+        packed: bytes,
+        pack: struct.Struct,
+    ) -> None:
+        from cupy_backends.cuda.api import driver
+
+        self.name, self.dtype, self.surrogate = name, dtype, surrogate
+        self.index, self.numbers, self.addresses = index, numbers, addresses
+        self.pack_into, self.start = pack.pack_into, len(packed)
+        self.parameters = ctypes.create_string_buffer(packed + bytes(pack.size), len(packed) + pack.size)
+        self.size = ctypes.c_size_t(len(self.parameters))
+        pointers = (ctypes.addressof(self.parameters), ctypes.addressof(self.size))
+        # CU_LAUNCH_PARAM_BUFFER_POINTER, _SIZE and _END of cuLaunchKernel's ``extra``
+        self.extra = (ctypes.c_void_p * 5)(1, pointers[0], 2, pointers[1], None)
+        self.at = ctypes.addressof(self.extra)
+        self.lock = threading.Lock()  # from the writing of addresses to the driver's copy of them
+        self.kernels: dict[tuple[int, ...], tuple[Any, int, int]] = {}  # and their grids
+        self.driver = driver
+
+    def __call__(self, *addresses: int) -> None:
+        if torch._C._cuda_getDevice() != self.index:
+            with torch.cuda.device(self.index):
+                self(*addresses)
+            return
+        if self.index not in getattr(_threads, "ready", ()):
+            _make_context(self.index)
+        key = tuple([address and 1 + address % 16 for address in addresses])
+        kernel, columns, rows = self.kernels.get(key) or self._find(key, addresses)
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        with self.lock:
+            self.pack_into(self.parameters, self.start, *addresses)
+            self.driver.launchKernel(kernel, columns, rows, 1, THREADS, 1, 1, 0, stream, 0, self.at)
+
+    def _find(self, key: tuple[int, ...], addresses: tuple[int, ...]) -> tuple[Any, int, int]:
+        """Compile the kernel, or load it."""
+        arguments = dict.fromkeys((field for field, _ in fields()), 0)
+        arguments |= self.numbers | dict(zip(self.addresses, addresses, strict=True))
+        variant = variant_of(self.name, self.dtype, self.surrogate, arguments)
+        kernel = _function(self.index, variant).kernel.ptr
+        self.kernels[key] = (kernel, *launch_grid(variant, arguments))
+        return self.kernels[key]
+
+
+def _make_context(index: int) -> None:
+    """Have the GPU's context be this thread's, also where the thread has called nothing of CUDA's yet."""
     import cupy
 
-    variant = variant_of(name, x.dtype, surrogate, arguments)
-    values = [arguments[field] or 0 for field, _ in fields()]
-    values = [float(v) if kind == "number" else int(v) for v, (_, kind) in zip(values, fields(), strict=True)]
-    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
-    stream = torch.cuda.current_stream(index).cuda_stream
-    with torch.cuda.device(index), cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream, index):
-        function = _function(index, variant)
-        function(launch_grid(variant, arguments), (THREADS,), (cupy.int32(0), *values))
+    cupy.cuda.Device(index).use()
+    cupy.cuda.runtime.free(0)
+    _threads.ready = {*getattr(_threads, "ready", ()), index}

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
+    from scalesnn.kernels.normalisation import Sums
     from scalesnn.kernels.unit import NeuronParameters, Normalisation
 
 __all__ = ["Deferred", "settle"]
@@ -31,7 +32,7 @@ class Deferred(Tensor):
 
     A normalisation or a neuron takes it apart and makes the values by a few time-steps at a time. For any
     other operation it becomes an ordinary tensor, from then on the same one. Subclasses define ``values``,
-    ``another``, ``plus``, ``takes``, ``batch_statistics`` and ``unit``.
+    ``another``, ``plus``, ``takes``, ``statistics`` and ``unit``.
 
     Attributes:
         hooked: somebody has a hook on its gradient, which therefore has to be made.
@@ -62,8 +63,8 @@ class Deferred(Tensor):
         """Whether ``unit`` can run on it, with a normalisation or without."""
         raise NotImplementedError
 
-    def batch_statistics(self) -> Tensor:
-        """As ``normalisation.batch_statistics``."""
+    def statistics(self) -> Sums:
+        """As ``normalisation.statistics``."""
         raise NotImplementedError
 
     def unit(
@@ -72,6 +73,7 @@ class Deferred(Tensor):
         v: Tensor | float,
         v_every_step: bool,
         norm: Normalisation | None,
+        decay: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """As ``unit.fused_unit``."""
         raise NotImplementedError

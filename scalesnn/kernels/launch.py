@@ -1,21 +1,37 @@
-"""From tensors to kernels: memory layouts, argument lists, and the choice between the CPU library and
+"""From tensors to kernels: memory layouts, packed arguments, and the choice between the CPU library and
 CuPy."""
 
 from __future__ import annotations
 
-from functools import cache
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scalesnn.kernels import cpu, cuda
-from scalesnn.kernels.source import IDENTITY, SCALARS, fields
+from scalesnn.kernels.source import IDENTITY, SCALARS, constants, pointers
 
-__all__ = ["Layout", "available", "dense", "empty", "layout_of", "like", "real_dtype", "run"]
+__all__ = [
+    "Layout",
+    "available",
+    "dense",
+    "empty",
+    "index_of",
+    "layout_of",
+    "like",
+    "operator",
+    "prepared",
+    "real_dtype",
+    "run",
+    "slabs",
+]
 
 CPU_TILE = 512  # neurons, as LANES in the kernel source
 CPU_SLABS = 32
+KEPT = 4096  # prepared launches: kernels × modules × shapes
 
 
 class Layout(NamedTuple):
@@ -59,7 +75,7 @@ def empty(x: Tensor, steps: int | None, dtype: torch.dtype | None = None) -> Ten
     shape = x.shape[1:] if steps is None else (steps, *x.shape[1:])
     dtype = x.dtype if dtype is None else dtype
     if x.is_contiguous():
-        return torch.empty(shape, dtype=dtype, device=x.device)
+        return x.new_empty(shape, dtype=dtype)
     channel = len(shape) - x.dim() + 2
     stride, size = [0] * len(shape), 1
     for d in (channel, *reversed(range(channel + 1, len(shape))), *reversed(range(channel))):
@@ -84,12 +100,28 @@ def like(tensor: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def layout_of(x: Tensor, channels: bool) -> Layout:
     """The layout of a dense tensor [T, N, C, …]; with ``channels`` False all neurons count as one
     channel's."""
-    size = x[0].numel()
-    if not channels or x.dim() < 3:
+    return _layout(x.shape, x.is_contiguous(), channels)
+
+
+@lru_cache(KEPT)
+def _layout(shape: torch.Size, contiguous: bool, channels: bool) -> Layout:
+    size = math.prod(shape[1:])
+    if not channels or len(shape) < 3:
         return Layout(size, 1, max(size, 1))
-    if x.is_contiguous():
-        return Layout(size, x.shape[2], max(x[0, 0, 0].numel() if size else 1, 1))
-    return Layout(size, x.shape[2], 1)
+    return Layout(size, shape[2], max(math.prod(shape[3:]), 1) if contiguous else 1)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether kernels run on ``tensor`` by CuPy rather than by the CPU library."""
+    return tensor.is_cuda
+
+
+def index_of(x: Tensor) -> int:
+    """The GPU on which kernels run on ``x``; -1: the CPU."""
+    if not on_gpu(x):
+        return -1
+    index = x.device.index
+    return torch.cuda.current_device() if index is None else index
 
 
 @cache
@@ -97,43 +129,91 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def slabs(x: Tensor, layout: Layout) -> int:
-    """In how many parts a sum over a channel is taken."""
-    if x.device.type == "cuda":
-        index = x.device.index if x.device.index is not None else torch.cuda.current_device()
+@lru_cache(KEPT)
+def slabs(layout: Layout, index: int) -> int:
+    """In how many parts a sum over a channel is taken, on the GPU ``index`` or (-1) the CPU."""
+    if index >= 0:
         return cuda.slabs_for(layout.channels, layout.inner, layout.size, _multiprocessors(index))
     return max(1, min(CPU_SLABS, layout.size // CPU_TILE))
 
 
-def run(name: str, of: Tensor, layout: Layout, surrogate: str = IDENTITY, /, **given: Any) -> Tensor | None:
-    """Run a kernel.
+def prepared(
+    name: str,
+    dtype: torch.dtype,
+    index: int,
+    layout: Layout,
+    addresses: tuple[str, ...],
+    numbers: Mapping[str, float],
+    surrogate: str = IDENTITY,
+) -> Callable[..., None]:
+    """A kernel's launch, of which all but the addresses of tensors is packed; callers keep it.
 
     Args:
-        name: 'forward', 'backward', 'statistics', 'normalise_backward', 'pack' or 'unpack'.
+        name: the kernel.
+        dtype, index: of the tensors (``index_of``).
+        addresses: the names of the pointers that the launch takes, in the order of ``source.fields()``.
+        numbers: of ``source.fields()``; 0 where not given.
+        surrogate: of 'backward'.
+    """
+    told = {"size": layout.size, "channels": layout.channels, "inner": layout.inner, "slabs": 1, **numbers}
+    packed, pack = constants(told), pointers(addresses)
+    if index >= 0:
+        return cuda.Launch(name, dtype, index, surrogate, told, addresses, packed, pack)
+    key = surrogate if name == "backward" else None
+
+    def launch(*at: int) -> None:
+        cpu.call(name, dtype, key, packed + pack.pack(*at))
+
+    return launch
+
+
+@lru_cache(KEPT)
+def _prepared(*key: Any) -> Callable[..., None]:
+    name, dtype, index, layout, addresses, numbers = key
+    return prepared(name, dtype, index, layout, addresses, dict(numbers))
+
+
+def run(name: str, of: Tensor, layout: Layout, /, **given: Any) -> None:
+    """Run a kernel once more or for the first time: 'pack', 'unpack' and 'normalise_backward'.
+
+    Args:
+        name: the kernel.
         of: its device and dtype choose the code.
         layout: of the tensors.
-        surrogate: of 'backward'.
-        given: arguments of ``source.fields()``; tensors for the pointers.
-
-    Returns:
-        for 'statistics' and 'backward' the three sums of every channel, float64 [3, channels].
+        given: arguments of ``source.fields()``; tensors for the pointers, in their order.
     """
-    sums = None
-    arguments: dict[str, Any] = {key: None if kind == "pointer" else 0 for key, kind in fields()}
-    arguments.update(size=layout.size, channels=layout.channels, inner=layout.inner, slabs=1)
-    arguments.update({key: value for key, value in given.items() if not isinstance(value, Tensor)})
-    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
-    if name in ("statistics", "backward"):
-        arguments["slabs"] = slabs(of, layout)
-        tensors["partial"] = of.new_empty((arguments["slabs"], 3, layout.channels), dtype=torch.float64)
-    arguments.update({key: value.data_ptr() for key, value in tensors.items()})
     if layout.size == 0:
-        return torch.zeros_like(tensors["partial"][0]) if "partial" in tensors else None
-    if of.device.type == "cuda":
-        cuda.call(name, of, surrogate, arguments)
-    else:
-        values = [arguments[key] for key, _ in fields()]
-        cpu.call(name, of.dtype, surrogate if name == "backward" else None, values)
-    if "partial" in tensors:
-        sums = tensors["partial"].sum(0)
-    return sums
+        return
+    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    numbers = tuple((key, value) for key, value in given.items() if isinstance(value, int))
+    launch = _prepared(name, of.dtype, index_of(of), layout, tuple(tensors), numbers)
+    launch(*(tensor.data_ptr() for tensor in tensors.values()))
+
+
+def direct(x: Tensor) -> bool:
+    """Whether an operator's function may be called itself: nobody fakes, traces or records what goes through
+    torch's dispatcher, which takes about ten times as long as the function."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function of tensors, the first of which is one, an operator of torch.library, which is called
+    only where that is needed (``direct``). Its attribute ``operator`` is torch's."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        registered = torch.library.custom_op(f"scalesnn::{name}", function, mutates_args=tuple(mutates))
+
+        @wraps(function)
+        def call(x: Tensor, *others: Any) -> Any:
+            return function(x, *others) if direct(x) else registered(x, *others)
+
+        call.operator = registered  # type: ignore[attr-defined]
+        return call
+
+    return decorate

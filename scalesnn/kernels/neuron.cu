@@ -47,14 +47,21 @@ typedef OFFSET offset;            // of an element: 32 bits on a GPU where they 
 constexpr int THREADS = 256;      // of a block on a GPU
 enum Charge { IDENTITY, INTEGRATE, LEAKY_WITH_INPUT, LEAKY };
 
-// What the kernels are told, all eight bytes wide so that ctypes and CuPy pass it alike. A null pointer: not there.
+// What the kernels are told, all eight bytes wide: the host packs them in this order behind eight bytes of padding, which
+// is the layout of `Unit` and of a kernel's parameters alike. A null pointer: not there.
 #define FIELDS(F)                                                                                                    \
     F(i64, steps) F(i64, size) F(i64, channels) F(i64, inner)                                                        \
     F(i64, slabs)                /* rows of `partial` */                                                             \
     F(i64, charge)               /* enum Charge */                                                                   \
     F(i64, hard_reset) F(i64, detach_reset)                                                                          \
     F(i64, x_repeated)           /* x is one step, the same at all times */                                          \
+    F(i64, repeats)              /* of x, which is in the sums of a channel once */                                  \
     F(i64, v_every_step)         /* v and grad_v are [steps][size], else the last step only */                       \
+    F(i64, parameter_type) F(i64, running_type)                             /* of weight and running_mean, as ENTRY */ \
+    F(double, v_init) F(double, tau) F(double, v_threshold) F(double, v_reset)                                       \
+    F(double, p0) F(double, p1) F(double, p2) F(double, p3)                 /* the surrogate's parameters */         \
+    F(double, values)            /* values of a channel; negative: what stands behind `partial` */                   \
+    F(double, eps) F(double, momentum)  /* negative: 1 / batches */                                                  \
     F(const void*, x) F(const void*, mean) F(const void*, scale) F(const void*, bias)  /* y = (x-mean)*scale+bias */ \
     F(const void*, residual) F(const void*, residual_bits)                                                           \
     F(const void*, v_start) F(const void*, decay)   /* decay: 1/tau as a tensor (PLIF) */                            \
@@ -63,8 +70,13 @@ enum Charge { IDENTITY, INTEGRATE, LEAKY_WITH_INPUT, LEAKY };
     F(const void*, mean_grad) F(const void*, slope_grad)                                                             \
     F(void*, partial)            /* double [slabs][3][channels] */                                                   \
     F(void*, chunk_v)            /* v at the start of every chunk of STEPS steps, [chunks][size] */                  \
-    F(double, v_init) F(double, tau) F(double, v_threshold) F(double, v_reset)                                       \
-    F(double, p0) F(double, p1) F(double, p2) F(double, p3)                 /* the surrogate's parameters */
+    F(const void*, weight) F(const void*, shift)    /* BatchNorm's parameters */                                     \
+    F(void*, running_mean) F(void*, running_var) F(void*, batches)                                                   \
+    F(void*, all_sums)           /* double [3][channels], and the count behind them */                               \
+    F(void*, affine)             /* real [4][channels]: mean, scale, bias, 1 / deviation */                          \
+    F(void*, statistics)         /* double [channels]: 1 / (variance + eps), and the count behind them */            \
+    F(void*, coefficients)       /* real [2][channels]: mean_grad and slope_grad */                                  \
+    F(void*, grad_weight) F(void*, grad_shift)
 #define AS_FIELD(type, name) type name;
 #define AS_PARAMETER(type, name) , type name
 #define AS_VALUE(type, name) , name
@@ -362,3 +374,98 @@ DEVICE void unpack_tile(const Unit& u, offset i, int n) {
         add_bits((const unsigned*)u.bits + plane * words(u), i, n, real(1 << plane), y);
     store((scalar*)u.spikes + i, n, y);
 }
+
+#ifndef SURROGATE
+// ------------------------------------------------------------------------------------------------ sums of channels
+// Values whose type is known at run time only: `type` as in ENTRY.
+template <class real>
+DEVICE real load_any(const void* from, i64 type, i64 i) {
+    if (type == 0) return (real)((const float*)from)[i];
+    if (type == 1) return (real)((const double*)from)[i];
+    return (real)(type == 2 ? to_real(((const bf16*)from)[i]) : to_real(((const fp16*)from)[i]));
+}
+
+template <class real>
+DEVICE void store_any(real value, void* to, i64 type, i64 i) {
+    if (type == 0) ((float*)to)[i] = (float)value;
+    else if (type == 1) ((double*)to)[i] = (double)value;
+    else if (type == 2) from_real((float)value, ((bf16*)to)[i]);
+    else from_real((float)value, ((fp16*)to)[i]);
+}
+
+// Sums to be added to those of other ranks or other time-steps: of x, of its squares about each lane's mean, of those
+// means squared, and how many values there were.
+DEVICE void finish_channel_sums(const Unit& u, i64 c, const double* total) {
+    double* sums = (double*)u.all_sums;
+    sums[c] = total[0] * (double)u.steps;
+    sums[u.channels + c] = total[1] * (double)u.repeats;
+    sums[2 * u.channels + c] = total[2] * (double)u.steps;
+    if (c == 0) sums[3 * u.channels] = u.values;
+}
+
+// old * (1 - momentum) + value * momentum, the first product in the type of the buffer, as torch
+template <class real>
+DEVICE void update_running(void* running, i64 type, i64 c, double value, double momentum) {
+    const real kept = load_any<real>(running, type, c) * (real)(1 - momentum);
+    store_any((real)((double)kept + value * momentum), running, type, c);
+}
+
+// From the sums of a channel to its mean and variance, the running ones, and the line that normalises. Without
+// `partial` the running mean and variance are the statistics.
+template <class real>
+DEVICE void finish_coefficients(const Unit& u, i64 c, const double* total) {
+#if !defined(__CUDACC__)
+    using std::sqrt;
+#endif
+    real mean, inverse_deviation;
+    if (u.partial) {
+        const double count = u.values < 0 ? ((const double*)u.partial)[3 * u.channels] : u.values;
+        const double wide_mean = total[0] * (double)u.steps / count;
+        const double between = total[2] * (double)u.steps / count - wide_mean * wide_mean;
+        const double variance = total[1] * (double)u.repeats / count + (between < 0 ? 0 : between);
+        const double inverse_variance = 1 / (variance + u.eps);
+        mean = (real)wide_mean, inverse_deviation = (real)sqrt(inverse_variance);
+        ((double*)u.statistics)[c] = inverse_variance;
+        if (c == 0) ((double*)u.statistics)[u.channels] = count;
+        if (u.running_mean) {
+            const double momentum = u.momentum < 0 ? 1 / (double)*(const i64*)u.batches : u.momentum;
+            const double unbiased = variance * (count / (count - 1));
+            if (u.running_type == 1) {
+                update_running<double>(u.running_mean, 1, c, wide_mean, momentum);
+                update_running<double>(u.running_var, 1, c, unbiased, momentum);
+            } else {
+                update_running<float>(u.running_mean, u.running_type, c, wide_mean, momentum);
+                update_running<float>(u.running_var, u.running_type, c, unbiased, momentum);
+            }
+            if (u.batches && u.momentum >= 0 && c == 0) *(i64*)u.batches += 1;
+        }
+    } else {
+        mean = load_any<real>(u.running_mean, u.running_type, c);
+        inverse_deviation = 1 / sqrt(load_any<real>(u.running_var, u.running_type, c) + (real)u.eps);
+    }
+    real* affine = (real*)u.affine;
+    affine[c] = mean;
+    affine[u.channels + c] =
+        u.weight ? load_any<real>(u.weight, u.parameter_type, c) * inverse_deviation : inverse_deviation;
+    affine[2 * u.channels + c] = u.shift ? load_any<real>(u.shift, u.parameter_type, c) : real(0);
+    affine[3 * u.channels + c] = inverse_deviation;
+}
+
+// From a channel's sums of grad_y and grad_y * (x - mean) to the gradients of weight and shift, and with `statistics`
+// to the coefficients of normalise_backward; `sums`, where there are some, are those of all ranks.
+template <class real>
+DEVICE void finish_channel_gradients(const Unit& u, i64 c, const double* total) {
+    if (u.grad_weight) {
+        const real gradient = (real)total[1] * ((const real*)u.affine)[3 * u.channels + c];
+        store_any(gradient, u.grad_weight, u.parameter_type, c);
+    }
+    if (u.grad_shift) store_any((real)total[0], u.grad_shift, u.parameter_type, c);
+    if (!u.coefficients) return;
+    const double *statistics = (const double*)u.statistics, *sums = (const double*)u.all_sums;
+    const double share = (double)u.steps / statistics[u.channels];
+    const double mean_grad = (sums ? sums[c] : total[0]) * share;
+    const double slope_grad = (sums ? sums[u.channels + c] : total[1]) * share;
+    ((real*)u.coefficients)[c] = (real)mean_grad;
+    ((real*)u.coefficients)[u.channels + c] = (real)(slope_grad * statistics[c]);
+}
+#endif

@@ -170,6 +170,39 @@ static void normalise_backward_cpu(const Unit& u, int threads) {
     });
 }
 
+// The rows' sums of every channel, a strip of channels at a time.
+template <class Finish>
+static void for_channels(const Unit& u, Finish finish) {
+    for (i64 first = 0; first < u.channels; first += LANES) {
+        const int n = u.channels - first < LANES ? (int)(u.channels - first) : LANES;
+        double sums[3][LANES] = {};
+        for (i64 row = 0; u.partial && row < u.slabs; row++)
+            for (int k = 0; k < 3; k++) {
+                const double* partial = (const double*)u.partial + (row * 3 + k) * u.channels + first;
+                FOR_LANES sums[k][l] += partial[l];
+            }
+        for (int l = 0; l < n; l++) {
+            const double total[3] = {sums[0][l], sums[1][l], sums[2][l]};
+            finish(first + l, total);
+        }
+    }
+}
+
+template <class scalar, class real = typename RealOf<scalar>::type>
+static void channel_sums_cpu(const Unit& u, int) {
+    for_channels(u, [&](i64 c, const double* total) { finish_channel_sums(u, c, total); });
+}
+
+template <class scalar, class real = typename RealOf<scalar>::type>
+static void coefficients_cpu(const Unit& u, int) {
+    for_channels(u, [&](i64 c, const double* total) { finish_coefficients<real>(u, c, total); });
+}
+
+template <class scalar, class real = typename RealOf<scalar>::type>
+static void channel_gradients_cpu(const Unit& u, int) {
+    for_channels(u, [&](i64 c, const double* total) { finish_channel_gradients<real>(u, c, total); });
+}
+
 template <class scalar, class real = typename RealOf<scalar>::type>
 static void pack_cpu(const Unit& u, int threads) {
     for_tiles(u, threads, [&](i64 i, int n) { pack_tile<scalar, real>(u, i, n); });
@@ -181,10 +214,10 @@ static void unpack_cpu(const Unit& u, int threads) {
 }
 #endif
 
-// Entry points: `type` is 0 float, 1 double, 2 bfloat16, 3 half.
+// Entry points: `type` is 0 float, 1 double, 2 bfloat16, 3 half; `unit` the packed fields.
 #define ENTRY(name)                                                                \
-    extern "C" void scalesnn_##name(int type, int threads FIELDS(AS_PARAMETER)) {  \
-        const Unit u = {0 FIELDS(AS_VALUE)};                                       \
+    extern "C" void scalesnn_##name(int type, int threads, const Unit* unit) {     \
+        const Unit& u = *unit;                                                     \
         if (type == 0) name##_cpu<float>(u, threads);                              \
         else if (type == 1) name##_cpu<double>(u, threads);                        \
         else if (type == 2) name##_cpu<bf16>(u, threads);                          \
@@ -196,6 +229,9 @@ ENTRY(backward)
 ENTRY(forward)
 ENTRY(statistics)
 ENTRY(normalise_backward)
+ENTRY(channel_sums)
+ENTRY(coefficients)
+ENTRY(channel_gradients)
 ENTRY(pack)
 ENTRY(unpack)
 #endif

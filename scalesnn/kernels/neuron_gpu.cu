@@ -312,6 +312,52 @@ KERNEL(statistics) {
 }
 #endif
 
+#if defined(KERNEL_channel_sums) || defined(KERNEL_coefficients) || defined(KERNEL_channel_gradients)
+// Few channels and up to thousands of rows: a block takes COLUMNS channels, whose rows its threads share; the tree of
+// additions has a fixed order.
+constexpr int COLUMNS = 8;
+template <class Finish>
+DEVICE void for_channels(const Unit& u, Finish finish) {
+    __shared__ double shared[3][THREADS];
+    const i64 c = (i64)blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;
+    double total[3] = {0, 0, 0};
+    if (c < u.channels && u.partial)
+        for (i64 row = threadIdx.x / COLUMNS; row < u.slabs; row += THREADS / COLUMNS)
+            for (int k = 0; k < 3; k++) total[k] += ((const double*)u.partial)[(row * 3 + k) * u.channels + c];
+    for (int k = 0; k < 3; k++) shared[k][threadIdx.x] = total[k];
+    __syncthreads();
+    for (int half = THREADS / 2; half >= COLUMNS; half /= 2) {
+        if (threadIdx.x < half)
+            for (int k = 0; k < 3; k++) shared[k][threadIdx.x] += shared[k][threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x >= COLUMNS || c >= u.channels) return;
+    for (int k = 0; k < 3; k++) total[k] = shared[k][threadIdx.x];
+    finish(c, total);
+}
+#endif
+
+#ifdef KERNEL_channel_sums
+KERNEL(channel_sums) {
+    MAKE_UNIT
+    for_channels(u, [&](i64 c, const double* total) { finish_channel_sums(u, c, total); });
+}
+#endif
+
+#ifdef KERNEL_coefficients
+KERNEL(coefficients) {
+    MAKE_UNIT
+    for_channels(u, [&](i64 c, const double* total) { finish_coefficients<REAL>(u, c, total); });
+}
+#endif
+
+#ifdef KERNEL_channel_gradients
+KERNEL(channel_gradients) {
+    MAKE_UNIT
+    for_channels(u, [&](i64 c, const double* total) { finish_channel_gradients<REAL>(u, c, total); });
+}
+#endif
+
 #ifdef KERNEL_pack
 KERNEL(pack) {
     MAKE_UNIT

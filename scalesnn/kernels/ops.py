@@ -1,389 +1,314 @@
-"""The fused unit, normalise + charge + fire + reset: a custom op with fake and autograd registrations.
+"""The fused unit, normalise + charge + fire + reset: an operator with fake and autograd registrations, which
+is called without torch's dispatcher where that is not needed (``launch.direct``).
 
-Names of shapes: T time-steps, N batch, C channels, … space. x is [T, N, C, …], or [1, N, C, …] with
-``repeats`` = T where all steps are the same. The equations: docs/kernels.md.
+Names of shapes: T time-steps, N batch, C channels, … space. The equations: docs/kernels.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from scalesnn.kernels.launch import dense, empty, layout_of, like, real_dtype, run
-from scalesnn.kernels.normalisation import all_reduce, normalise_backward, normalise_backward_
+from scalesnn.kernels import launch
+from scalesnn.kernels.launch import (
+    KEPT,
+    Layout,
+    dense,
+    direct,
+    empty,
+    index_of,
+    layout_of,
+    like,
+    prepared,
+    real_dtype,
+)
+from scalesnn.kernels.normalisation import channel_gradients, normalise_backward, normalise_backward_
 from scalesnn.kernels.packing import words_of
-from scalesnn.kernels.source import IDENTITY, STEPS
+from scalesnn.kernels.records import CHARGES, TENSORS, NeuronParameters, UnitInputs, schema_of
+from scalesnn.kernels.source import STEPS
 
-__all__ = ["CHARGES", "normalise", "unit", "unit_backward"]
+__all__ = ["normalise", "unit", "unit_backward"]
 
-CHARGES = {
-    "identity": 0,
-    "integrate": 1,
-    "leaky_with_input": 2,
-    "leaky": 3,
-}  # enum Charge of the kernel source
+INPUT = ("x", "mean", "scale", "bias", "residual", "residual_bits", "v_start", "decay")
+FORWARD = (*INPUT, "spikes", "v", "bits")
+BACKWARD = (*INPUT, "grad_spikes", "grad_v", "grad_x", "grad_v_start", "partial", "chunk_v")
 
 
-# ------------------------------------------------------------------------------------------------ the unit
-@torch.library.custom_op("scalesnn::unit", mutates_args=())
-def unit(
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    residual_bits: Tensor | None,
-    residual_x: Tensor | None,
-    residual_affine: Tensor | None,
-    v: Tensor | None,
-    decay: Tensor | None,
-    inverse_variance: Tensor | None,
-    count: Tensor | None,
-    repeats: int,
-    charge: int,
-    v_init: float,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    v_every_step: bool,
-    with_bits: bool,
-    surrogate: str,
-    parameters: Sequence[float],
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def unit(u: UnitInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise, add the residual, charge, fire and reset, in one pass over ``x``.
-
-    Args:
-        x: input current, or a convolution's output; float32, float64, bfloat16 or float16.
-        mean, scale, bias: y = (x - mean) * scale + bias, each [C] in ``real_dtype``; all None: y = x.
-        residual: [T, N, C, …], added to y; not with ``repeats`` > 1.
-        residual_bits: the same where it is spikes: kept for the backward pass in its place.
-        residual_x, residual_affine: where it is itself a normalised tensor: what was normalised, and [3, C]
-            mean, scale and bias; kept in its place.
-        v: potentials before the first step [N, C, …]; None: ``v_init`` everywhere.
-        decay: 1 / tau as a tensor with one element, to be learned; None: ``tau``.
-        inverse_variance: 1 / (variance + eps) of the batch [C], where mean and scale are statistics of ``x``
-            itself: then the gradient of ``x`` runs through them too. None: they are constants.
-        count: over how many values those statistics were taken, a float64 scalar (all ranks of ``group``
-            together).
-        charge: one of CHARGES; 'identity' returns y itself.
-        v_every_step: return the potentials after every step rather than after the last.
-        with_bits: pack the spikes too.
-        surrogate, parameters: ``source.surrogate_key`` and the values of the names in it.
-        group: the name of the process group over which the statistics were taken, or ''.
 
     Returns:
         spikes like ``x`` [T, N, C, …]; v in ``real_dtype``, [N, C, …] or [T, N, C, …]; and the spikes as
         bits, int32 [T, words] (empty without ``with_bits``).
 
-    Kept for backward: ``x``, the residual in its cheapest form, and three numbers a channel.
+    Kept for backward: ``x``, the residual in its cheapest form, and a few numbers a channel.
     """
-    x = dense(x)
-    layout = layout_of(x, mean is not None)
-    spikes, v_out, bits = _unit_outputs(x, repeats, charge, v_every_step, with_bits)
-    run(
-        "forward",
-        x,
-        layout,
-        **_unit_arguments(x, mean, scale, bias, residual, None, v, decay, repeats, charge, v_init, tau),
-        **_reset_arguments(v_threshold, v_reset, detach_reset),
-        v_every_step=v_every_step,
-        spikes=spikes,
-        v=v_out if charge else None,
-        bits=bits if with_bits else None,
-    )
-    return spikes, v_out, bits
+    if not direct(u.x):
+        spikes, v, bits = _operator(*u.flat())
+        return spikes, v, bits
+    if not torch.is_grad_enabled():
+        return _forward(u)
+    out: tuple[Tensor, Tensor, Tensor] = _Unit.apply(u, u.x, u.weight, u.bias, u.residual, u.v, u.decay)
+    return out
 
 
-def _unit_outputs(
-    x: Tensor, repeats: int, charge: int, v_every_step: bool, with_bits: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    steps = x.shape[0] * repeats
+def _outputs(u: UnitInputs, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    steps = x.shape[0] * u.repeats
     spikes = empty(x, steps)
-    v = empty(x, steps if v_every_step else None, real_dtype(x.dtype)) if charge else x.new_empty(0)
-    words = (spikes.shape[0], words_of(x[0].numel())) if with_bits else (0, 0)
+    if not u.neuron.fires:
+        v = x.new_empty(0)
+    else:
+        v = empty(x, steps if u.v_every_step else None, real_dtype(x.dtype))
+    words = (steps, words_of(x.numel() // max(x.shape[0], 1))) if u.with_bits else (0, 0)
     return spikes, v, x.new_empty(words, dtype=torch.int32)
 
 
-def _unit_arguments(
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    residual_bits: Tensor | None,
-    v: Tensor | None,
-    decay: Tensor | None,
+@lru_cache(KEPT)
+def _launch(
+    name: str,
+    dtype: torch.dtype,
+    index: int,
+    layout: Layout,
+    rows: int,
+    steps: int,
     repeats: int,
-    charge: int,
     v_init: float,
-    tau: float,
-) -> dict[str, Any]:
-    real = real_dtype(x.dtype)
-    if mean is not None:
-        mean, scale, bias = (c.to(real).contiguous() for c in (mean, scale, bias) if c is not None)
-    return {
-        "x": x,
-        "mean": mean,
-        "scale": scale,
-        "bias": bias,
-        "residual": None if residual is None else like(residual, x),
-        "residual_bits": residual_bits,
-        "v_start": None if v is None else like(v, x, real),
-        "decay": None if decay is None else decay.to(real),
-        "steps": x.shape[0] * repeats,
-        "x_repeated": repeats > 1,
-        "charge": charge,
-        "v_init": v_init,
-        "tau": tau,
-    }
-
-
-def _reset_arguments(v_threshold: float, v_reset: float | None, detach_reset: bool) -> dict[str, Any]:
-    return {
-        "v_threshold": v_threshold,
-        "hard_reset": v_reset is not None,
-        "v_reset": v_reset or 0.0,
-        "detach_reset": detach_reset,
-    }
-
-
-@unit.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x,
-    mean,
-    scale,
-    bias,
-    residual,
-    residual_bits,
-    residual_x,
-    residual_affine,
-    v,
-    decay,
-    inverse_variance,
-    count,
-    repeats,
-    charge,
-    v_init,
-    tau,
-    v_threshold,
-    v_reset,
-    detach_reset,
-    v_every_step,
-    with_bits,
-    surrogate,
-    parameters,
-    group,
-):
-    return _unit_outputs(dense(x), repeats, charge, v_every_step, with_bits)
-
-
-@torch.library.custom_op("scalesnn::unit_backward", mutates_args=())
-def unit_backward(
-    grad_spikes: Tensor | None,
-    grad_v: Tensor | None,
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    residual_bits: Tensor | None,
-    v: Tensor | None,
-    decay: Tensor | None,
-    repeats: int,
-    charge: int,
-    v_init: float,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
     v_every_step: bool,
-    with_grad_v_start: bool,
-    surrogate: str,
-    parameters: Sequence[float],
+    neuron: NeuronParameters,
+) -> Callable[..., None]:
+    numbers = {
+        "steps": steps,
+        "slabs": rows,
+        "x_repeated": repeats > 1,
+        "charge": CHARGES[neuron.charge],
+        "hard_reset": neuron.v_reset is not None,
+        "detach_reset": neuron.detach_reset,
+        "v_every_step": v_every_step,
+        "v_init": v_init,
+        "tau": neuron.tau,
+        "v_threshold": neuron.v_threshold,
+        "v_reset": neuron.v_reset or 0.0,
+        **{f"p{i}": value for i, value in enumerate(neuron.surrogate_parameters)},
+    }
+    addresses = FORWARD if name == "forward" else BACKWARD
+    return prepared(name, dtype, index, layout, addresses, numbers, neuron.surrogate)
+
+
+def _run(name: str, u: UnitInputs, x: Tensor, layout: Layout, rows: int, outputs: tuple[int, ...]) -> None:
+    """Run 'forward' or 'backward' on the dense ``x``."""
+    index, real = index_of(x), real_dtype(x.dtype)
+    mean = row = 0
+    if u.affine is not None:
+        assert u.affine.dtype == real, f"affine must be {real}, got {u.affine.dtype}"
+        mean, row = u.affine.data_ptr(), layout.channels * u.affine.element_size()
+    as_bits = name == "backward" and u.residual_bits is not None
+    bits = u.residual_bits if as_bits else None
+    residual = None if u.residual is None or as_bits else like(u.residual, x)
+    v = None if u.v is None else like(u.v, x, real)
+    decay = None if u.decay is None else u.decay.to(real)
+    _launch(
+        *(name, x.dtype, index, layout, rows, x.shape[0] * u.repeats, u.repeats, u.v_init, u.v_every_step),
+        u.neuron,
+    )(
+        *(x.data_ptr(), mean, mean + row, mean + 2 * row),
+        *(0 if t is None else t.data_ptr() for t in (residual, bits, v, decay)),
+        *outputs,
+    )
+
+
+def _forward(u: UnitInputs) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense(u.x)
+    layout = layout_of(x, u.affine is not None)
+    spikes, v, bits = _outputs(u, x)
+    if layout.size:
+        fires, packs = u.neuron.fires, u.with_bits
+        at = (spikes.data_ptr(), v.data_ptr() if fires else 0, bits.data_ptr() if packs else 0)
+        _run("forward", u, x, layout, 1, at)
+    return spikes, v, bits
+
+
+@torch.library.custom_op(
+    "scalesnn::unit", mutates_args=(), schema=f"({schema_of()}) -> (Tensor, Tensor, Tensor)"
+)
+def _operator(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(UnitInputs.of(values))
+
+
+@_operator.register_fake
+def _(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    u = UnitInputs.of(values)
+    return _outputs(u, dense(u.x))
+
+
+def unit_backward(
+    grad_spikes: Tensor | None, grad_v: Tensor | None, u: UnitInputs, with_grad_v_start: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first pass of ``unit``'s backward: h comes again from ``x`` and the gradients go back through time.
 
     Args:
-        as ``unit``; grad_spikes and grad_v are those of its first two results, None where there is none.
+        grad_spikes, grad_v: of ``unit``'s first two results; None where there is none.
+        u: as ``unit`` had it; ``residual`` or ``residual_bits``.
 
     Returns:
-        the gradient of y (of the sum over the steps, [1, N, C, …], with ``repeats`` > 1); float64 [3, C],
-        sums over a
-        channel of grad_y, of grad_y * (x - mean), and of the gradient of decay; the gradient of ``v`` (empty
-        without ``with_grad_v_start``).
+        the gradient of y (of the sum over the steps, [1, N, C, …], with ``repeats`` > 1); float64 [R, 3, C],
+        in R rows the sums over a channel of grad_y, of grad_y * (x - mean), and of the gradient of decay; the
+        gradient of ``v`` (empty without ``with_grad_v_start``).
     """
-    x = dense(x)
-    layout = layout_of(x, mean is not None)
-    steps = x.shape[0] * repeats
+    if direct(u.x):
+        return _backward(grad_spikes, grad_v, with_grad_v_start, u)
+    grad_y, rows, grad_v_start = _backward_operator(grad_spikes, grad_v, with_grad_v_start, *u.flat())
+    return grad_y, rows, grad_v_start
+
+
+def _backward_outputs(
+    u: UnitInputs, x: Tensor, with_grad_v_start: bool, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_v_start = empty(x, None, real_dtype(x.dtype)) if with_grad_v_start else x.new_empty(0)
+    channels = x.shape[2] if u.affine is not None else 1
+    sums = x.new_empty((rows, 3, channels), dtype=torch.float64)
+    return empty(x, x.shape[0]), sums, grad_v_start
+
+
+def _backward(
+    grad_spikes: Tensor | None, grad_v: Tensor | None, with_grad_v_start: bool, u: UnitInputs
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense(u.x)
+    layout = layout_of(x, u.affine is not None)
+    rows = launch.slabs(layout, index_of(x))
+    grad_y, sums, grad_v_start = _backward_outputs(u, x, with_grad_v_start, rows)
+    if not layout.size:
+        return grad_y, sums.zero_(), grad_v_start
     real = real_dtype(x.dtype)
-    grad_y = empty(x, x.shape[0])
-    grad_v_start = empty(x, None, real) if with_grad_v_start else x.new_empty(0)
-    borders = (steps - 1) // STEPS if charge else 0
+    borders = (x.shape[0] * u.repeats - 1) // STEPS if u.neuron.fires else 0
     chunk_v = x.new_empty((borders, layout.size), dtype=real) if borders else None
-    if grad_spikes is not None:
-        grad_spikes = like(grad_spikes, x)
-    if grad_v is not None:
-        grad_v = like(grad_v, x, real)
-    p = [*parameters, 0.0, 0.0, 0.0, 0.0]
-    sums = run(
-        "backward",
-        x,
-        layout,
-        surrogate,
-        **_unit_arguments(
-            x, mean, scale, bias, residual, residual_bits, v, decay, repeats, charge, v_init, tau
-        ),
-        **_reset_arguments(v_threshold, v_reset, detach_reset),
-        v_every_step=v_every_step,
-        grad_spikes=grad_spikes,
-        grad_v=grad_v,
-        grad_x=grad_y,
-        grad_v_start=grad_v_start if with_grad_v_start else None,
-        chunk_v=chunk_v,
-        p0=p[0],
-        p1=p[1],
-        p2=p[2],
-        p3=p[3],
+    of_spikes = None if grad_spikes is None else like(grad_spikes, x)
+    of_v = None if grad_v is None else like(grad_v, x, real)
+    at = (
+        *(0 if t is None else t.data_ptr() for t in (of_spikes, of_v)),
+        *(grad_y.data_ptr(), grad_v_start.data_ptr() if with_grad_v_start else 0, sums.data_ptr()),
+        0 if chunk_v is None else chunk_v.data_ptr(),
     )
-    assert sums is not None
+    _run("backward", u, x, layout, rows, at)
     return grad_y, sums, grad_v_start
 
 
-@unit_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad_spikes,
-    grad_v,
-    x,
-    mean,
-    scale,
-    bias,
-    residual,
-    residual_bits,
-    v,
-    decay,
-    repeats,
-    charge,
-    v_init,
-    tau,
-    v_threshold,
-    v_reset,
-    detach_reset,
-    v_every_step,
-    with_grad_v_start,
-    surrogate,
-    parameters,
-):
-    x = dense(x)
-    channels = x.shape[2] if mean is not None else 1
-    grad_v_start = empty(x, None, real_dtype(x.dtype)) if with_grad_v_start else x.new_empty(0)
-    return empty(x, x.shape[0]), x.new_empty((3, channels), dtype=torch.float64), grad_v_start
+@torch.library.custom_op(
+    "scalesnn::unit_backward",
+    mutates_args=(),
+    schema="(Tensor? grad_spikes, Tensor? grad_v, bool with_grad_v_start, "
+    f"{schema_of()}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward_operator(
+    grad_spikes: Tensor | None, grad_v: Tensor | None, with_grad_v_start: bool, *values: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    u = UnitInputs.of(values)
+    grad_y, rows, grad_v_start = _backward(grad_spikes, grad_v, with_grad_v_start, u)
+    return grad_y, rows.sum(0, keepdim=True), grad_v_start  # as many rows as the fake one has
+
+
+@_backward_operator.register_fake
+def _(grad_spikes, grad_v, with_grad_v_start, *values):  # type: ignore[no-untyped-def]
+    u = UnitInputs.of(values)
+    return _backward_outputs(u, dense(u.x), with_grad_v_start, 1)
 
 
 def normalise(x: Tensor, affine: Tensor) -> Tensor:
-    """(x - mean) * scale + bias in one pass, without autograd; ``affine`` is [3, C] mean, scale and bias."""
-    n = None
-    args: tuple[Any, ...] = (
-        n,
-        n,
-        n,
-        n,
-        n,
-        n,
-        n,
-        n,
-        1,
-        0,
-        0.0,
-        1.0,
-        0.0,
-        n,
-        False,
-        False,
-        False,
-        IDENTITY,
-        [],
-        "",
-    )
-    return unit(x, affine[0], affine[1], affine[2], *args)[0]
+    """(x - mean) * scale + bias in one pass, without autograd; ``affine`` is [3 or 4, C], mean, scale and
+    bias."""
+    u = UnitInputs(x, affine)
+    return _forward(u)[0] if direct(x) else _operator(*u.flat())[0]
 
 
-_UNIT_INPUTS = 24
+LEARNED = ("x", "weight", "bias", "residual", "v", "decay")  # which have gradients
+PLACES = tuple(UnitInputs._fields.index(name) for name in LEARNED)
 
 
-def _unit_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, mean, scale, bias, residual, bits, residual_x, affine, v, decay, inverse_variance, count, *options = (
-        inputs
-    )
-    if bits is not None:  # the residual in its cheapest form
-        residual, residual_x, affine = None, None, None
+def _keep(ctx: Any, u: UnitInputs, bits: Tensor) -> None:
+    """Save what backward needs: the residual in its cheapest form, no values of BatchNorm's parameters, which
+    are in ``affine``."""
+    residual, residual_x, residual_affine = u.residual, u.residual_x, u.residual_affine
+    if u.residual_bits is not None:
+        residual = residual_x = residual_affine = None
     elif residual_x is not None:
-        residual, bits = None, None
+        residual = None
     ctx.save_for_backward(
-        x, mean, scale, bias, residual, bits, residual_x, affine, v, decay, inverse_variance, count
+        *(u.x, u.affine, u.statistics, residual, u.residual_bits, residual_x, residual_affine, u.v, u.decay)
     )
-    ctx.options = options
-    ctx.has_residual = inputs[4] is not None
+    ctx.options = u[TENSORS:]
+    parameter = u.bias if u.weight is None else u.weight
+    ctx.parameter = None if parameter is None else parameter.dtype
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(bits)
 
 
-def _unit_gradients(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None, _: Any) -> tuple[Any, ...]:
-    x, mean, scale, bias, residual, bits, residual_x, affine, v, decay, inverse_variance, count = (
-        ctx.saved_tensors
-    )
-    repeats, charge, *rest, v_every_step, _with_bits, surrogate, parameters, group = ctx.options
-    gradients: list[Tensor | None] = [None] * _UNIT_INPUTS
-    needs = ctx.needs_input_grad
-    if grad_spikes is None and (grad_v is None or not charge):
-        return tuple(gradients)
+def _gradients(
+    ctx: Any, needs: Sequence[bool], of_spikes: Tensor | None, of_v: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of LEARNED, those that ``needs`` asks for."""
+    x, affine, statistics, residual, bits, residual_x, residual_affine, v, decay = ctx.saved_tensors
+    fires = ctx.options[-1].fires
+    if of_spikes is None and (of_v is None or not fires):
+        return (None,) * len(LEARNED)
     if residual_x is not None:
-        residual = normalise(residual_x, affine)
-    neuron = (charge, *rest, v_every_step)
-    grad_y, sums, grad_v_start = unit_backward(
-        grad_spikes,
-        grad_v if charge else None,
-        x,
-        mean,
-        scale,
-        bias,
-        residual,
-        bits,
-        v,
-        decay,
-        repeats,
-        *neuron,
-        v is not None and needs[8],
-        surrogate,
-        parameters,
+        residual = normalise(residual_x, residual_affine)
+    u = UnitInputs(*(x, affine, statistics, None, None, residual, bits, None, None, v, decay), *ctx.options)
+    need_x, need_weight, need_bias, need_residual, need_v, need_decay = needs
+    grad_y, rows, of_start = unit_backward(of_spikes, of_v if fires else None, u, need_v)
+    of_x, of_weight, of_bias = grad_y, None, None
+    if affine is not None:
+        coefficients, of_weight, of_bias = channel_gradients(
+            *(rows, affine, statistics, u.repeats, u.group if need_x else ""),
+            *(ctx.parameter or affine.dtype, need_weight, need_bias),
+        )
+        parts = None if statistics is None else coefficients
+        if need_x and need_residual:
+            of_x = normalise_backward(grad_y, x, affine, parts)
+        elif need_x:
+            normalise_backward_(grad_y, x, affine, parts)
+    return (
+        of_x if need_x else None,
+        of_weight if need_weight else None,
+        of_bias if need_bias else None,
+        grad_y if need_residual else None,
+        of_start if need_v else None,
+        rows[:, 2].sum().to(decay.dtype).reshape(decay.shape) if need_decay else None,
     )
-    if v is not None and needs[8]:
-        gradients[8] = grad_v_start
-    if decay is not None and needs[9]:
-        gradients[9] = sums[2].sum().to(decay.dtype).reshape(decay.shape)
-    if ctx.has_residual and needs[4]:
-        gradients[4] = grad_y
-    if mean is None:
-        gradients[0] = grad_y
-        return tuple(gradients)
-    gradients[2] = sums[1].to(scale.dtype) if needs[2] else None
-    gradients[3] = sums[0].to(bias.dtype) if needs[3] else None
-    if not needs[0]:
-        return tuple(gradients)
-    coefficients = None
-    if inverse_variance is not None:
-        share = all_reduce(sums[:2], group) * (repeats / count)
-        coefficients = torch.stack([share[0], share[1] * inverse_variance])
-    if gradients[4] is None:
-        normalise_backward_(grad_y, x, mean, scale, coefficients)
-        gradients[0] = grad_y
-    else:
-        gradients[0] = normalise_backward(grad_y, x, mean, scale, coefficients)
-    return tuple(gradients)
 
 
-unit.register_autograd(_unit_gradients, setup_context=_unit_context)
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _keep(ctx, UnitInputs.of(inputs), output[2])
+
+
+def _operator_gradients(ctx: Any, of_spikes: Tensor | None, of_v: Tensor | None, _: Any) -> tuple[Any, ...]:
+    needs = [ctx.needs_input_grad[place] for place in PLACES]
+    found = dict(zip(PLACES, _gradients(ctx, needs, of_spikes, of_v), strict=True))
+    return tuple(found.get(place) for place in range(len(ctx.needs_input_grad)))
+
+
+_operator.register_autograd(_operator_gradients, setup_context=_context)
+
+
+class _Unit(torch.autograd.Function):
+    """``unit`` with autograd, without torch's dispatcher; its arguments are ``u`` and the LEARNED of it."""
+
+    @staticmethod
+    def forward(ctx: Any, u: UnitInputs, *learned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        out = _forward(u)
+        _keep(ctx, u, out[2])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (_once if torch.is_grad_enabled() else _unit_gradients)(ctx, *grads)
+
+
+def _unit_gradients(ctx: Any, of_spikes: Tensor | None, of_v: Tensor | None, _: Any) -> tuple[Any, ...]:
+    return (None, *_gradients(ctx, ctx.needs_input_grad[1:], of_spikes, of_v))
+
+
+_once = once_differentiable(_unit_gradients)  # where the graph of backward is recorded

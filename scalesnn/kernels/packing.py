@@ -53,11 +53,11 @@ def unpack(
         return out
     layout = layout_of(out.new_empty(1, 1), channels=False)._replace(size=size // rows)
     if planes or (size // rows) % 32 == 0:
-        run("unpack", out, layout._replace(size=size), steps=max(planes, 1), bits=bits, spikes=out)
+        run("unpack", out, layout._replace(size=size), steps=max(planes, 1), spikes=out, bits=bits)
     else:
         flat = torch.as_strided(out, (rows, size // rows), (size // rows, 1))
         for row, part in zip(bits, flat, strict=True):
-            run("unpack", out, layout, steps=1, bits=row, spikes=part)
+            run("unpack", out, layout, steps=1, spikes=part, bits=row)
     return out
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scalesnn.kernels import cuda, normalisation, ops
 from scalesnn.kernels.build import reason
+from scalesnn.kernels.records import NeuronParameters, UnitInputs
 from scalesnn.kernels.source import surrogate_key
 
 __all__ = ["compare_with_torch", "give_up", "problem", "why_given_up"]
@@ -101,13 +102,12 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 def _fused(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
     """Spikes, the last v, and the gradients of x, weight and bias, by the kernels."""
     x, weight, bias = (tensor.clone().requires_grad_() for tensor in (x, weight, bias))
-    mean, variance = normalisation.batch_statistics(x.detach())
-    inverse_variance = (variance + EPS).reciprocal()
-    count = torch.full((), x.numel() // x.shape[2], dtype=torch.float64, device=x.device)
-    scale = weight * inverse_variance.sqrt().to(weight.dtype)
-    unit = (None, None, None, None, None, None, inverse_variance, count, 1, ops.CHARGES["leaky_with_input"])
-    neuron = (0.0, TAU, THRESHOLD, 0.0, False, False, True, ATAN, [ALPHA])
-    spikes, v, _ = ops.unit(x, mean.to(weight.dtype), scale, bias, *unit, *neuron, "")
+    sums = normalisation.statistics(x.detach())
+    affine, statistics = normalisation.coefficients(
+        sums, x.dtype, weight.detach(), bias.detach(), None, None, None, EPS, None
+    )
+    lif = NeuronParameters("leaky_with_input", THRESHOLD, 0.0, False, ATAN, (ALPHA,), TAU)
+    spikes, v, _ = ops.unit(UnitInputs(x, affine, statistics, weight, bias, with_bits=True, neuron=lif))
     return [spikes.detach(), v.detach(), *torch.autograd.grad(spikes, [x, weight, bias], grad)]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +17,14 @@ __all__ = [
     "SCALARS",
     "STEPS",
     "Variant",
+    "constants",
     "fields",
+    "pointers",
     "scalar_of",
     "source",
     "surrogate_key",
     "symbol",
+    "unpacked",
     "variant_source",
 ]
 
@@ -56,6 +61,41 @@ def fields() -> tuple[tuple[str, str], ...]:
     table = source().split("#define FIELDS(F)")[1].split("#define AS_FIELD")[0]
     kinds = {"i64": "integer", "double": "number", "const void*": "pointer", "void*": "pointer"}
     return tuple((name, kinds[kind]) for kind, name in re.findall(r"F\(([\w *]+), (\w+)\)", table))
+
+
+def constants(numbers: Mapping[str, float]) -> bytes:
+    """What a kernel is told beside its pointers: the packed numbers, in the order of ``fields()``, where 0 is
+    what is not given. They stand before the pointers.
+
+    Raises:
+        KeyError: there is no such number.
+    """
+    kinds = [(name, kind) for name, kind in fields() if kind != "pointer"]
+    unknown = numbers.keys() - {name for name, _ in kinds}
+    if unknown:
+        raise KeyError(f"no numbers of the kernels: {', '.join(sorted(unknown))}")
+    convert = {"integer": int, "number": float}
+    layout = "8x" + "".join("q" if kind == "integer" else "d" for _, kind in kinds)
+    return struct.pack(layout, *(convert[kind](numbers.get(name, 0)) for name, kind in kinds))
+
+
+@cache
+def pointers(names: tuple[str, ...]) -> struct.Struct:
+    """What packs the addresses of the fields ``names``, given in this order, behind ``constants``."""
+    order = [name for name, kind in fields() if kind == "pointer"]
+    places = [order.index(name) for name in names]
+    if places != sorted(places):
+        raise ValueError(f"{', '.join(names)} are not in the order of the kernel source")
+    layout, done = "", 0
+    for place in places:
+        layout, done = layout + f"{8 * (place - done)}xQ", place + 1
+    return struct.Struct(f"{layout}{8 * (len(order) - done)}x")
+
+
+def unpacked(arguments: bytes) -> list[int | float]:
+    """The values of ``fields()`` in packed arguments; 0 for a null pointer."""
+    layout = "8x" + "".join({"integer": "q", "number": "d", "pointer": "Q"}[kind] for _, kind in fields())
+    return list(struct.unpack(layout, arguments))
 
 
 def surrogate_key(expression: str, names: tuple[str, ...]) -> str:

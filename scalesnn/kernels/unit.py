@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalesnn.kernels import cpu, cuda, launch, ops, self_check, spikes
 from scalesnn.kernels.deferred import Deferred, settle
-from scalesnn.kernels.source import IDENTITY, SCALARS, surrogate_key
+from scalesnn.kernels.records import NO_NEURON, NeuronParameters, UnitInputs
+from scalesnn.kernels.source import SCALARS, surrogate_key
 
 __all__ = [
     "NeuronParameters",
     "Normalisation",
     "fused_unit",
     "log_backend",
-    "neuron_arguments",
     "normalise",
     "usable",
     "why_not_cupy",
@@ -28,36 +27,19 @@ __all__ = [
 logger = logging.getLogger("scalesnn")
 
 
-@dataclass(frozen=True)
-class NeuronParameters:
-    """A neuron as the kernels see it. ``decay`` is 1 / tau as a tensor, where it is learned."""
-
-    charge: str  # one of ops.CHARGES
-    v_threshold: float
-    v_reset: float | None
-    detach_reset: bool
-    surrogate: str
-    surrogate_parameters: tuple[float, ...]
-    tau: float = 1.0
-    decay: Tensor | None = None
-
-
 @dataclass
 class Normalisation:
     """y = (x - mean) * scale + bias, then + residual.
 
     Args:
-        mean, scale, bias: [C]; autograd reaches the layer's parameters through scale and bias.
-        inverse_variance, count, group: of the batch's statistics, see ``ops.unit``; None where they are
-            constants.
+        affine, statistics, weight, bias, group: see ``records.UnitInputs``.
         residual: like x, or None.
     """
 
-    mean: Tensor
-    scale: Tensor
-    bias: Tensor
-    inverse_variance: Tensor | None = None
-    count: Tensor | None = None
+    affine: Tensor
+    statistics: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
     group: str = ""
     residual: Tensor | None = None
 
@@ -116,6 +98,7 @@ def fused_unit(
     v: Tensor | float = 0.0,
     v_every_step: bool = False,
     norm: Normalisation | None = None,
+    decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the unit; its spikes are marked as such, with their bits where autograd records.
 
@@ -124,13 +107,14 @@ def fused_unit(
         neuron: None returns y itself.
         v: the potentials before the first step, [N, C, …] or one number.
         v_every_step: return all potentials [T, N, C, …] rather than the last.
+        decay: 1 / tau as a tensor, where it is learned.
 
     Returns:
         spikes (or y) like ``x``, and v in float32 (float64 for float64).
     """
     x = settle(x, norm is not None)
     if isinstance(x, Deferred):
-        return x.unit(neuron, v, v_every_step, norm)
+        return x.unit(neuron, v, v_every_step, norm, decay)
     if norm is not None and isinstance(norm.residual, Deferred):
         norm = replace(norm, residual=norm.residual.plain())
     steps, shape = x.shape[0], x.shape
@@ -151,54 +135,32 @@ def fused_unit(
                 residual_bits = packed[0]
             elif getattr(known, "scalesnn_affine", None) is not None:
                 residual_x, residual_affine = known.scalesnn_normalised, known.scalesnn_affine  # type: ignore[attr-defined]
-    options = neuron_arguments(neuron, v, v_every_step, with_bits)
-    decay = None if neuron is None else neuron.decay
-    out, v_out, bits = ops.unit(
+    u = UnitInputs(
         x,
-        norm.mean if norm else None,
-        norm.scale if norm else None,
-        norm.bias if norm else None,
+        None if norm is None else norm.affine,
+        None if norm is None else norm.statistics,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
         residual,
         residual_bits,
         residual_x,
         residual_affine,
         v if isinstance(v, Tensor) else None,
         decay,
-        norm.inverse_variance if norm else None,
-        norm.count if norm else None,
         repeats,
-        *options,
-        norm.group if norm else "",
+        0.0 if isinstance(v, Tensor) else v,
+        v_every_step,
+        with_bits and neuron is not None,
+        "" if norm is None else norm.group,
+        NO_NEURON if neuron is None else neuron,
     )
+    out, v_out, bits = ops.unit(u)
     assert out.shape == shape
     if neuron is not None:
         spikes.mark_spikes(out, 1, bits if with_bits else None)
     elif norm is not None and residual is None and repeats == 1 and recording:
-        affine = torch.stack(
-            [c.detach().to(launch.real_dtype(x.dtype)) for c in (norm.mean, norm.scale, norm.bias)]
-        )
-        spikes.mark_affine(out, x.detach(), affine)
+        spikes.mark_affine(out, x.detach(), norm.affine)
     return out, v_out
-
-
-def neuron_arguments(
-    neuron: NeuronParameters | None, v: Tensor | float, v_every_step: bool, with_bits: bool
-) -> tuple[Any, ...]:
-    """The arguments of ``ops.unit`` from ``charge`` to ``parameters``; None: no neuron."""
-    if neuron is None:
-        return (0, 0.0, 1.0, 0.0, None, False, False, False, IDENTITY, [])
-    return (
-        ops.CHARGES[neuron.charge],
-        0.0 if isinstance(v, Tensor) else float(v),
-        neuron.tau,
-        neuron.v_threshold,
-        neuron.v_reset,
-        neuron.detach_reset,
-        v_every_step,
-        with_bits,
-        neuron.surrogate,
-        list(neuron.surrogate_parameters),
-    )
 
 
 def normalise(x: Tensor, norm: Normalisation) -> Tensor:
@@ -212,7 +174,7 @@ def neuron_surrogate(
     """The surrogate as ``NeuronParameters`` has it; None where the kernels cannot have it."""
     if expression is None or len(parameters) > 4:
         return None
-    return surrogate_key(expression, tuple(parameters)), tuple(float(value) for value in parameters.values())
+    return surrogate_key(expression, tuple(parameters)), tuple(map(float, parameters.values()))
 
 
 @cache

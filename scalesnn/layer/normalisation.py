@@ -10,6 +10,7 @@ from scalesnn.base import UserError
 from scalesnn.functional import seq_to_ann_forward
 from scalesnn.kernels import normalisation
 from scalesnn.kernels.deferred import Deferred, settle
+from scalesnn.kernels.normalisation import Sums
 from scalesnn.kernels.unit import Normalisation, normalise, usable
 from scalesnn.layer.step import StepLayer, check_images, is_repeated, is_watched, once_of
 from scalesnn.neuron import BaseNode
@@ -97,31 +98,28 @@ class _BatchNorm(_NormUnit, BatchNorm):
         return self.training or self.running_mean is None or self.running_var is None
 
     def _statistics(self, x: Tensor) -> Normalisation:
-        real = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if self._uses_batch():
-            repeated = is_repeated(x)
-            with torch.no_grad():
-                if isinstance(x, Deferred):
-                    moments = x.batch_statistics()
-                else:
-                    moments = normalisation.batch_statistics(once_of(x).unsqueeze(0) if repeated else x)
-                count = torch.full((), x.numel() // x.shape[2], dtype=torch.float64, device=x.device)
-                mean, variance, count = _over_group(moments, count, self.group)
-                if self.training:
-                    self._update_running_statistics(mean, variance, count)
-                inverse_variance = (variance + self.eps).reciprocal()
-                inverse_std = inverse_variance.sqrt().to(real)
-                mean = mean.to(real)
-            constants: tuple[Tensor, Tensor, str] | tuple[()] = (inverse_variance, count, self.group)
-        else:
+        weight, bias = self.weight, self.bias
+        if not self._uses_batch():
             assert self.running_mean is not None
             assert self.running_var is not None
-            mean = self.running_mean.to(real)
-            inverse_std = (self.running_var.to(real) + self.eps).rsqrt()
-            constants = ()
-        scale = inverse_std if self.weight is None else self.weight.to(real) * inverse_std
-        bias = torch.zeros_like(mean) if self.bias is None else self.bias.to(real)
-        return Normalisation(mean, scale, bias, *constants)
+            running = (self.running_mean, self.running_var)
+            affine = normalisation.running_coefficients(*running, weight, bias, self.eps, x.dtype)
+            return Normalisation(affine, None, weight, bias)
+        if isinstance(x, Deferred):
+            sums = x.statistics()
+        elif is_repeated(x):
+            sums = normalisation.statistics(once_of(x).unsqueeze(0), x.shape[0])
+        else:
+            sums = normalisation.statistics(x)
+        if self.group:
+            sums = Sums(normalisation.all_reduce(normalisation.packed_sums(sums), self.group))
+        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+        affine, statistics = normalisation.coefficients(
+            *(sums, x.dtype, weight, bias),
+            *(buffers if self.training else (None, None, None)),
+            *(self.eps, self.momentum),
+        )
+        return Normalisation(affine, statistics, weight, bias, self.group)
 
     def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """As torch: the running variance is of the unbiased kind."""
@@ -203,18 +201,6 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """``torch.nn.BatchNorm3d`` for [N, C, D, H, W] or [T, N, C, D, H, W]; else as BatchNorm2d."""
 
     spaces = (3,)
-
-
-def _over_group(moments: Tensor, count: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and count over all ranks of a group, from each rank's own (Chan, Golub, LeVeque
-    1979)."""
-    if not group:
-        return moments[0], moments[1], count
-    moments = torch.where(count > 0, moments, 0)  # a rank without images has a say of nought
-    total = normalisation.all_reduce(count, group)
-    mean = normalisation.all_reduce(moments[0] * count, group) / total
-    squares = (moments[1] + (moments[0] - mean).square()) * count
-    return mean, normalisation.all_reduce(squares, group) / total, total
 
 
 def convert_sync_batchnorm(

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalesnn.kernels import launch, normalisation, spikes
+from scalesnn.kernels import normalisation, spikes
 from scalesnn.kernels.deferred import Deferred
 from scalesnn.kernels.kept import keep
-from scalesnn.kernels.unit import NeuronParameters, Normalisation, fused_unit, neuron_arguments
+from scalesnn.kernels.unit import NeuronParameters, Normalisation, fused_unit
 from scalesnn.layer import Conv2d
 from scalesnn.memory.source import Convolution, Source, Stored, is_scattered
-from scalesnn.memory.unit import NO_NEURON, StreamedUnit, Unit, joined
+from scalesnn.memory.unit import Firing, StreamedUnit, Unit, joined
 
 __all__ = ["Output", "Streaming"]
 
@@ -94,18 +94,17 @@ class Output(Deferred):
         assert out is not None
         return out
 
-    def batch_statistics(self) -> Tensor:
-        """Merged from those of the chunks (Chan, Golub, LeVeque 1979), of which the first comes last and is
-        held for the unit."""
+    def statistics(self) -> normalisation.Sums:
+        """Added up over the chunks, of which the first comes last and is held for the unit."""
         chunks, source = list(reversed(self.of.chunks)), self.of.source
-        moments = [normalisation.batch_statistics(source.output(a, b, hold=a == 0)) for a, b in chunks]
-        if len(moments) == 1:
-            return moments[0]
-        # numbers, not a tensor of them, which would be copied from the host
-        shares = [(b - a) / self.shape[0] for a, b in chunks]
-        mean = torch.stack([m[0] * share for m, share in zip(moments, shares, strict=True)]).sum(0)
-        spread = [(m[1] + (m[0] - mean).square()) * share for m, share in zip(moments, shares, strict=True)]
-        return torch.stack([mean, torch.stack(spread).sum(0)])
+        with torch.no_grad():
+            sums = [normalisation.statistics(source.output(a, b, hold=a == 0)) for a, b in chunks]
+        if len(sums) == 1:
+            return sums[0]
+        total, *others = map(normalisation.packed_sums, sums)
+        for other in others:
+            total += other
+        return normalisation.Sums(total)
 
     def plus(self, other: Tensor) -> Tensor | None:
         fits = other.shape == self.shape and other.dtype == self.dtype and other.device == self.device
@@ -125,41 +124,39 @@ class Output(Deferred):
         v: Tensor | float,
         v_every_step: bool,
         norm: Normalisation | None,
+        decay: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if v_every_step:  # those potentials are larger than all that is saved here
-            return fused_unit(self.plain(), neuron, v, True, norm)
+            return fused_unit(self.plain(), neuron, v, True, norm, decay)
         out = self if norm is None else self._normalised(norm)
         nothing = torch.empty(0)
         if neuron is None:
             if out.of.addend is not None:
-                return out.run(NO_NEURON)[0], nothing
+                return out.run(Firing())[0], nothing
             return out.run(partial(Output, out.of, out.module, out.inputs)), nothing
         if norm is None and out.of.source.affine is not None and self.dtype in SHORT:
             out = Output(replace(out.of, apart=True), out.module, out.inputs)
-        arguments = neuron_arguments(neuron, v, False, True)
-        fired, v_out, bits = out.run(arguments, v if isinstance(v, Tensor) else None, neuron.decay)
+        firing = Firing(neuron, 0.0 if isinstance(v, Tensor) else float(v))
+        fired, v_out, bits = out.run(firing, v if isinstance(v, Tensor) else None, decay)
         return spikes.mark_spikes(fired, 1, bits), v_out
 
-    def run(self, neuron: Any, v: Tensor | None = None, decay: Tensor | None = None) -> Any:
+    def run(self, firing: Any, v: Tensor | None = None, decay: Tensor | None = None) -> Any:
         """``StreamedUnit``, inside of the module's call where ZeRO-3 gathers its weight for that."""
         if not is_scattered(self.module.weight):
-            return StreamedUnit.apply(self.of, neuron, *self.inputs, v, decay)
+            return StreamedUnit.apply(self.of, firing, *self.inputs, v, decay)
         module, (x, _, _, *rest) = self.module, self.inputs
 
         def unit(x: Tensor) -> Any:
-            return StreamedUnit.apply(self.of, neuron, x, module.weight, module.bias, *rest, v, decay)
+            return StreamedUnit.apply(self.of, firing, x, module.weight, module.bias, *rest, v, decay)
 
         return module(x, instead=unit)
 
     def _normalised(self, norm: Normalisation) -> Output:
-        bias = norm.bias.clone()  # ZeRO-3 and FSDP2 take a parameter away after the module's call
-        real = launch.real_dtype(self.dtype)
-        affine = torch.stack([c.detach().to(real) for c in (norm.mean, norm.scale, bias)])
-        statistics = None
-        if norm.inverse_variance is not None and norm.count is not None:
-            statistics = (norm.inverse_variance, norm.count, norm.group)
-        of = replace(self.of, source=self.of.source.normalised(affine), statistics=statistics)
-        out = Output(of, self.module, (*self.inputs[:3], norm.scale, bias, None))
+        # clones: ZeRO-3 and FSDP2 take a parameter away after the module's call
+        scale, shift = (None if p is None else p.clone() for p in (norm.weight, norm.bias))
+        source = self.of.source.normalised(norm.affine)
+        of = replace(self.of, source=source, statistics=norm.statistics, group=norm.group)
+        out = Output(of, self.module, (*self.inputs[:3], scale, shift, None))
         return out if norm.residual is None else out._with_residual(norm.residual)
 
     def _with_residual(self, residual: Tensor) -> Output:

@@ -95,7 +95,7 @@ class Source:
 
     Attributes:
         kept: the convolution's input: bits, or itself. weight, bias: in the dtype of the convolution.
-        affine: [3, C] mean, scale and bias of the normalisation.
+        affine: [4, C] of the normalisation (``records.UnitInputs``).
         x: the input itself, as long as it is there; ``version`` as it was.
         held: the chunk that was made last, for the next sweep, which begins with it.
     """

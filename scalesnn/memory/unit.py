@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalesnn.kernels import launch, normalisation, ops
-from scalesnn.kernels.unit import neuron_arguments
+from scalesnn.kernels.records import NO_NEURON, NeuronParameters, UnitInputs
 from scalesnn.memory.source import Source, Stored, spans
 
-__all__ = ["StreamedUnit", "Unit", "joined"]
+__all__ = ["Firing", "StreamedUnit", "Unit", "joined"]
 
-Neuron = tuple[Any, ...]  # ``kernels.unit.neuron_arguments``
-NO_NEURON: Neuron = neuron_arguments(None, 0.0, False, False)
-BITS = 7  # the place of ``with_bits`` among them, where ``unit_backward`` has whether v needs a gradient
+
+class Firing(NamedTuple):
+    """A unit's neuron, and its potentials ``v_init`` before the first step where they are one number."""
+
+    neuron: NeuronParameters = NO_NEURON
+    v_init: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class Unit:
     Attributes:
         source: makes the convolution's output.
         steps, detach: of ``deferral.Streaming``.
-        statistics: what gradients through BatchNorm's statistics need: 1 / (variance + eps) [C], how many
-            values there were, and the process group; None: they are constants.
+        statistics, group: of the normalisation, see ``records.UnitInputs``.
         addend: makes the residual.
         apart: normalisation and neuron were called one by one; in a short dtype what is between is rounded.
     """
@@ -45,7 +46,8 @@ class Unit:
     source: Source
     steps: int
     detach: bool
-    statistics: tuple[Tensor, Tensor, str] | None = None
+    statistics: Tensor | None = None
+    group: str = ""
     addend: Source | Stored | None = None
     apart: bool = False
 
@@ -54,53 +56,66 @@ class Unit:
         """The spans of time-steps."""
         return spans(self.source.conv.out_shape[0], self.steps)
 
-    @cached_property
-    def affine(self) -> tuple[Tensor | None, ...]:
-        """Mean, scale and bias of the normalisation."""
-        return (None, None, None) if self.source.affine is None else tuple(self.source.affine)
-
     def values(self, y: Tensor, a: int, b: int) -> Tensor:
         """What the neuron takes in a chunk whose convolution's output is ``y``."""
         y = y if self.source.affine is None else ops.normalise(y, self.source.affine)
         return y if self.addend is None else y + self.addend.steps(a, b)
 
-    def forward(self, a: int, b: int, v: Tensor | None, decay: Tensor | None, neuron: Neuron) -> Any:
+    def forward(
+        self, a: int, b: int, v: Tensor | None, decay: Tensor | None, firing: Firing, with_bits: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``ops.unit`` of a chunk."""
-        y, none = self.source.output(a, b), (None, None, None)
-        state = (*none, v, decay, None, None, 1)
+        y = self.source.output(a, b)
         if self.apart:
-            return ops.unit(self.values(y, a, b), *none, None, *state, *neuron, "")
-        added = None if self.addend is None else self.addend.steps(a, b)
-        return ops.unit(y, *self.affine, added, *state, *neuron, "")
+            u = UnitInputs(self.values(y, a, b))
+        else:
+            added = None if self.addend is None else self.addend.steps(a, b)
+            u = UnitInputs(y, self.source.affine, residual=added)
+        fires = firing.neuron.fires
+        return ops.unit(
+            u._replace(
+                v=v, decay=decay, v_init=firing.v_init, with_bits=with_bits and fires, neuron=firing.neuron
+            )
+        )
 
     def backward(
-        self, grads: tuple[Tensor | None, ...], a: int, b: int, state: tuple[Any, ...], neuron: Neuron
+        self,
+        grads: tuple[Tensor | None, Tensor | None],
+        a: int,
+        b: int,
+        state: tuple[Tensor | None, Tensor | None],
+        firing: Firing,
+        with_v: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``ops.unit_backward`` of a chunk: dL/dy, sums, dL/dv before it.
+        """``ops.unit_backward`` of a chunk: dL/dy, rows of sums, dL/dv before it.
 
         Args:
             grads: of spikes and potentials. state: v before the chunk, and decay.
-            neuron: with whether v needs a gradient in the place of ``with_bits``.
+            with_v: dL/dv is asked for.
         """
-        y = self.source.output(a, b, hold=a == 0)
+        y, (v, decay) = self.source.output(a, b, hold=a == 0), state
+        neuron = UnitInputs(y, v=v, decay=decay, v_init=firing.v_init, neuron=firing.neuron)
         if self.apart:
-            none = (None, None, None, None, None)
-            x = self.values(y, a, b)
-            part, of_decay, of_start = ops.unit_backward(*grads, x, *none, *state, 1, *neuron)
-            sums = ops.unit_backward(part, None, y, *self.affine, *none[:4], 1, *NO_NEURON)[1]
-            sums[2, 0] = of_decay[2].sum()
-            return part, sums, of_start
+            part, of_decay, of_start = ops.unit_backward(
+                *grads, neuron._replace(x=self.values(y, a, b)), with_v
+            )
+            rows = ops.unit_backward(part, None, UnitInputs(y, self.source.affine))[1]
+            rows[:, 2] = 0
+            rows[0, 2, 0] = of_decay[:, 2].sum()
+            return part, rows, of_start
         bits = self.addend.bits(a, b, y) if isinstance(self.addend, Stored) else None
         added = None if self.addend is None or bits is not None else self.addend.steps(a, b)
-        return ops.unit_backward(*grads, y, *self.affine, added, bits, *state, 1, *neuron)
+        unit = neuron._replace(affine=self.source.affine, residual=added, residual_bits=bits)
+        return ops.unit_backward(*grads, unit, with_v)
 
 
 class StreamedUnit(torch.autograd.Function):
     """The unit on tensors that autograd knows.
 
     Args:
-        unit: how it is made. neuron: its arguments, or a function that makes a deferred output.
-        x, weight, bias: of the convolution. scale, shift: of the normalisation. residual: what is added.
+        unit: how it is made. firing: its neuron, or a function that makes a deferred output.
+        x, weight, bias: of the convolution. scale, shift: weight and bias of the normalisation, which are in
+            ``unit``'s ``affine``. residual: what is added.
         v: potentials before the first step; None: as ``neuron`` says. decay: 1 / tau where it is learned.
 
     Returns:
@@ -111,7 +126,7 @@ class StreamedUnit(torch.autograd.Function):
     def forward(
         ctx: Any,
         unit: Unit,
-        neuron: Neuron | Callable[[], Tensor],
+        firing: Firing | Callable[[], Tensor],
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -121,55 +136,62 @@ class StreamedUnit(torch.autograd.Function):
         v: Tensor | None,
         decay: Tensor | None,
     ) -> Any:
-        outputs = neuron() if callable(neuron) else _forward(unit, neuron, v, decay)
+        outputs = firing() if callable(firing) else _forward(unit, firing, v, decay)
         source = unit.source
         kept = x if source.conv.form is None else source.kept
         addend, added = (None, []) if unit.addend is None else unit.addend.parts()
-        ctx.save_for_backward(kept, weight, bias, source.affine, v, decay, *added)
+        ctx.save_for_backward(kept, weight, bias, source.affine, unit.statistics, v, decay, *added)
         ctx.versions = (kept._version, weight._version)  # hooks on saved tensors keep torch from looking
-        ctx.unit = (source.conv, addend, unit.steps, unit.detach, unit.statistics, unit.apart)
-        ctx.neuron = NO_NEURON if callable(neuron) else neuron
+        ctx.unit = (source.conv, addend, unit.steps, unit.detach, unit.group, unit.apart)
+        ctx.firing = Firing() if callable(firing) else firing
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias, scale, shift, decay)]
         ctx.set_materialize_grads(False)
-        if not callable(neuron):
+        if not callable(firing):
             ctx.mark_non_differentiable(outputs[2])
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_out: Tensor | None, of_v: Tensor | None = None, _: Any = None) -> Any:
-        kept, weight, bias, affine, v, decay, *added = ctx.saved_tensors
+        kept, weight, bias, affine, statistics, v, decay, *added = ctx.saved_tensors
         if ctx.versions != (kept._version, weight._version):
             raise RuntimeError("a tensor that backward needs has been modified by an inplace operation")
         if of_out is None and of_v is None:
             return (None,) * 10
-        conv, addend, steps, detach, statistics, apart = ctx.unit
+        conv, addend, steps, detach, group, apart = ctx.unit
         source = Source(conv, kept, conv.values_of(weight), conv.values_of(bias), affine)
-        unit = Unit(source, steps, detach, statistics, None if addend is None else addend(*added), apart)
+        addend = None if addend is None else addend(*added)
+        unit = Unit(source, steps, detach, statistics, group, addend, apart)
         *need, need_scale, need_shift, need_residual, need_v, need_decay = ctx.needs_input_grad[2:]
-        of_y, sums, of_start = _through_neuron(unit, ctx.neuron, of_out, of_v, v, decay, need_v)
-        of_shift, of_scale, of_decay = sums[0], sums[1], sums[2].sum()
+        of_y, rows, of_start = _through_neuron(unit, ctx.firing, of_out, of_v, v, decay, need_v)
         ours = of_y is not of_out and not need_residual
-        of_inputs = _through_convolution(unit, of_y, sums, ours, need, ctx.dtypes[:2])
+        coefficients = of_scale = of_shift = None
+        if affine is not None:
+            dtype = ctx.dtypes[2] or ctx.dtypes[3] or affine.dtype
+            coefficients, of_scale, of_shift = normalisation.channel_gradients(
+                rows, affine, statistics, 1, group if any(need) else "", dtype, need_scale, need_shift
+            )
+            coefficients = None if statistics is None else coefficients
+        of_inputs = _through_convolution(unit, of_y, coefficients, ours, need, ctx.dtypes[:2])
         return (
             *(None, None, *of_inputs),
-            of_scale.to(ctx.dtypes[2]) if need_scale else None,
-            of_shift.to(ctx.dtypes[3]) if need_shift else None,
+            of_scale if need_scale else None,
+            of_shift if need_shift else None,
             of_y if need_residual else None,
             of_start if need_v else None,
-            of_decay.to(ctx.dtypes[4]) if need_decay else None,
+            rows[:, 2].sum().to(ctx.dtypes[4]) if need_decay else None,
         )
 
 
-def _forward(unit: Unit, neuron: Neuron, v: Tensor | None, decay: Tensor | None) -> tuple[Tensor, ...]:
+def _forward(unit: Unit, firing: Firing, v: Tensor | None, decay: Tensor | None) -> tuple[Tensor, ...]:
     """Spikes, potentials and bits, chunk by chunk."""
     out: Tensor | None = None
     bits = []
     for a, b in unit.chunks:
-        part, v_out, words = unit.forward(a, b, v, decay, neuron)
+        part, v_out, words = unit.forward(a, b, v, decay, firing, with_bits=True)
         out = joined(out, part, a, b, unit)
         bits.append(words)
-        v = v_out if neuron[0] else None
+        v = v_out if firing.neuron.fires else None
         del part
     assert out is not None
     return out, v_out, torch.cat(bits) if len(bits) > 1 else bits[0]
@@ -177,23 +199,22 @@ def _forward(unit: Unit, neuron: Neuron, v: Tensor | None, decay: Tensor | None)
 
 def _through_neuron(
     unit: Unit,
-    neuron: Neuron,
+    firing: Firing,
     of_out: Tensor | None,
     of_v: Tensor | None,
     v: Tensor | None,
     decay: Tensor | None,
     need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From the gradients of spikes and potentials to dL/dy, y being what the neuron takes; its float64 sums
-    [3, C] (of dL/dy, of dL/dy (x - mean), of the gradient of decay); and dL/dv before the first step."""
-    fires, chunks, borders = neuron[0] > 0, unit.chunks, [v]
+    """From the gradients of spikes and potentials to dL/dy, y being what the neuron takes; its sums as
+    ``ops.unit_backward`` has them; and dL/dv before the first step."""
+    fires, chunks, borders = firing.neuron.fires, unit.chunks, [v]
     if not fires and unit.source.affine is None:
         assert of_out is not None
-        return of_out, of_out.new_zeros(3, 1, dtype=torch.float64), None
+        return of_out, of_out.new_zeros(1, 3, 1, dtype=torch.float64), None
     if fires:
-        without_bits = (*neuron[:BITS], False, *neuron[BITS + 1 :])
         for a, b in chunks[:-1]:
-            borders.append(unit.forward(a, b, borders[-1], decay, without_bits)[1])
+            borders.append(unit.forward(a, b, borders[-1], decay, firing, with_bits=False)[1])
     of_y, sums, of_before = None if fires else of_out, None, of_v
     for index in reversed(range(len(chunks))):
         a, b = chunks[index]
@@ -201,7 +222,7 @@ def _through_neuron(
         part, of_channels, of_before = unit.backward(
             (None if of_out is None else of_out[a:b], of_before if fires else None),
             *(a, b, (borders[index] if fires else None, decay)),
-            (*neuron[:BITS], needs_v, *neuron[BITS + 1 :]),
+            *(firing, needs_v),
         )
         sums = of_channels if sums is None else sums + of_channels
         of_y = joined(of_y, part, a, b, unit) if fires else of_y
@@ -214,30 +235,30 @@ def _through_neuron(
 
 
 def _through_convolution(
-    unit: Unit, of_y: Tensor, sums: Tensor, ours: bool, need: list[bool], dtypes: list[Any]
+    unit: Unit,
+    of_y: Tensor,
+    coefficients: Tensor | None,
+    ours: bool,
+    need: list[bool],
+    dtypes: list[Any],
 ) -> list[Tensor | None]:
-    """From dL/dy through normalisation and convolution to the gradients of its input, weight and bias. Under
-    synchronised BatchNorm the sums are added up over the ranks.
+    """From dL/dy through normalisation and convolution to the gradients of its input, weight and bias.
 
     Args:
+        coefficients: of ``normalisation.channel_gradients``.
         ours: ``of_y`` may be written over.
     """
     found: list[Tensor | None] = [None, None, None]
     if not any(need):
         return found
-    coefficients: Tensor | None = None
-    if unit.statistics is not None:
-        inverse_variance, count, group = unit.statistics
-        share = normalisation.all_reduce(sums[:2], group) / count
-        coefficients = torch.stack([share[0], share[1] * inverse_variance])
     for a, b in unit.chunks:
         part = of_y[a:b]
         if unit.source.affine is not None:
-            y, (mean, scale, _) = unit.source.output(a, b), unit.affine
+            y, affine = unit.source.output(a, b), unit.source.affine
             if ours:
-                normalisation.normalise_backward_(part, y, mean, scale, coefficients)
+                normalisation.normalise_backward_(part, y, affine, coefficients)
             else:
-                part = normalisation.normalise_backward(part, y, mean, scale, coefficients)
+                part = normalisation.normalise_backward(part, y, affine, coefficients)
             del y
         for start, end in unit.source.pieces(a, b):
             of_x, *of_parameters = unit.source.gradients(part[start - a : end - a], start, end, need)

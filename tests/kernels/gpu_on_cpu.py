@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from scalesnn.kernels import cpu, cuda, launch
-from scalesnn.kernels.source import IDENTITY, fields, variant_source
+from scalesnn.kernels import cuda, launch
+from scalesnn.kernels.source import IDENTITY, fields, unpacked, variant_source
 
 CHECKS = ("-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error")  # of arrays, of loads
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", *CHECKS)
+TYPES = {"integer": ctypes.c_longlong, "number": ctypes.c_double, "pointer": ctypes.c_void_p}
 
 
 def compile_shim(code: str, folder: Path) -> ctypes.CDLL:
@@ -54,16 +55,17 @@ class GpuOnCpu:
     def _variant(self, variant: tuple[Any, ...]) -> ctypes.CDLL:
         return compile_shim(variant_source(*variant), self.folder)
 
-    def slabs(self, x: torch.Tensor, layout: launch.Layout) -> int:
+    def slabs(self, layout: launch.Layout, index: int) -> int:
         """As on a GPU with few multiprocessors."""
         return cuda.slabs_for(layout.channels, layout.inner, layout.size, self.multiprocessors)
 
-    def call(self, name: str, dtype: torch.dtype, surrogate: str | None, values: list[Any]) -> None:
+    def call(self, name: str, dtype: torch.dtype, surrogate: str | None, packed: bytes) -> None:
         """In the place of ``cpu.call``."""
+        values = unpacked(packed)
         arguments = dict(zip([field for field, _ in fields()], values, strict=True))
         variant = cuda.variant_of(name, dtype, surrogate or IDENTITY, arguments)
         function = getattr(self.variant(variant), f"launch_{name}")
-        function.argtypes = [ctypes.c_int, ctypes.c_int, *(cpu.TYPES[kind] for _, kind in fields())]
+        function.argtypes = [ctypes.c_int, ctypes.c_int, *(TYPES[kind] for _, kind in fields())]
         function.restype = None
         self.calls.append(name)
         function(*cuda.launch_grid(variant, arguments), *values)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scalesnn.kernels import ops
+from scalesnn.kernels.records import NeuronParameters
 from scalesnn.kernels.source import surrogate_key
 
 ATAN = surrogate_key("alpha / 2 / (1 + square(real(M_PI / 2) * alpha * x))", ("alpha",))
@@ -31,7 +31,7 @@ class Spike(torch.autograd.Function):
 
 @dataclass
 class Neuron:
-    """A neuron's settings, as ``ops.unit`` takes them."""
+    """A neuron's settings."""
 
     charge: str = "leaky_with_input"
     tau: float = 1.7
@@ -40,19 +40,11 @@ class Neuron:
     detach_reset: bool = False
     learned: bool = False
 
-    def options(
-        self, repeats: int = 1, v_every_step: bool = False, v_init: float = 0.0
-    ) -> tuple[object, ...]:
-        """The arguments of ``ops.unit`` from ``repeats`` on."""
-        neuron = (
-            ops.CHARGES[self.charge],
-            v_init,
-            self.tau,
-            self.v_threshold,
-            self.v_reset,
-            self.detach_reset,
-        )
-        return (repeats, *neuron, v_every_step, True, ATAN, [2.0], "")
+    @property
+    def parameters(self) -> NeuronParameters:
+        """As the kernels have them."""
+        numbers = (self.v_threshold, self.v_reset, self.detach_reset)
+        return NeuronParameters(self.charge, *numbers, ATAN, (2.0,), self.tau)
 
 
 def run(neuron: Neuron, y: Tensor, v: Tensor | float, decay: Tensor | None) -> tuple[Tensor, Tensor]:

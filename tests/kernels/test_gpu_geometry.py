@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_on_cpu import GpuOnCpu, compile_shim
+from gpu_on_cpu import TYPES, GpuOnCpu, compile_shim
 from oracle import ATAN, NEURONS, Neuron
 from torch import Tensor
 from variants import no_arguments, unit_variant
 
 from scalesnn.kernels import cpu, cuda, launch, normalisation, ops
-from scalesnn.kernels.source import fields, variant_source
+from scalesnn.kernels.records import UnitInputs
+from scalesnn.kernels.source import fields, unpacked, variant_source
 
 N = None
 
@@ -25,17 +26,15 @@ N = None
 def results(x: Tensor, residual: Tensor | None, setting: Neuron) -> list[Tensor]:
     """Spikes, v, bits, dL/dy, dL/dv and sums of a BatchNorm unit, and dL/dx of given coefficients."""
     channels = x.shape[2]
-    coefficients = torch.linspace(-0.3, 1.5, 3 * channels).view(3, channels)
+    affine = torch.linspace(-0.3, 1.5, 4 * channels).view(4, channels)
     decay = torch.tensor(0.4) if setting.learned else None
-    inputs = (x, *coefficients, residual, N, N, N, N, decay)
-    s, v, bits = ops.unit(*inputs, N, N, *setting.options())
+    u = UnitInputs(x, affine, residual=residual, decay=decay, with_bits=True, neuron=setting.parameters)
+    s, v, bits = ops.unit(u)
     grad = torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype)
-    neuron = (ops.CHARGES[setting.charge], 0.0, setting.tau, setting.v_threshold, setting.v_reset)
-    back = (*neuron, setting.detach_reset, False, True, ATAN, [2.0])
-    given = (x, *coefficients, residual, N, N, decay, 1)
-    of_y, sums, of_v = ops.unit_backward(grad, torch.ones_like(v), *given, *back)
-    of_x = normalisation.normalise_backward(of_y, x, *coefficients[:2], coefficients[1:].double())
-    return [s, v, bits, of_y, of_v, of_x, sums, normalisation.batch_statistics(x)]
+    of_y, rows, of_v = ops.unit_backward(grad, torch.ones_like(v), u, True)
+    of_x = normalisation.normalise_backward(of_y, x, affine, affine[1:3].contiguous())
+    moments = normalisation.packed_sums(normalisation.statistics(x))
+    return [s, v, bits, of_y, of_v, of_x, rows.sum(0), moments]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,9 @@ def test_vectors_give_the_cpus_bits(
 
     def call(name: str, *arguments: Any) -> None:
         engine.call(name, *arguments)
-        seen.append(cuda.variant_of(name, dtype, ATAN, dict(zip(NAMES, arguments[-1], strict=True))).lanes)
+        seen.append(
+            cuda.variant_of(name, dtype, ATAN, dict(zip(NAMES, unpacked(arguments[-1]), strict=True))).lanes
+        )
 
     monkeypatch.setattr(cpu, "call", call)
     monkeypatch.setattr(launch, "slabs", engine.slabs)
@@ -123,9 +124,10 @@ def test_the_last_elements_of_more_than_2_to_the_31(shim_folder: Path) -> None:
     of_channel = torch.linspace(0.2, 1.4, 3 * CHANNELS).view(3, CHANNELS)
     small = [t.view(STEPS, 1, 1, TILE) for t in (x, grad)]
     affine = of_channel[:, -1:]
-    s, v, bits = ops.unit(small[0], *affine, *[N] * 8, *NEURONS[0].options())
-    back = (1, 0.0, NEURONS[0].tau, NEURONS[0].v_threshold, 0.0, False, False, False, ATAN, [2.0])
-    of_y, sums, _ = ops.unit_backward(small[1], N, small[0], *affine, *[N] * 4, 1, *back)
+    u = UnitInputs(small[0], affine.contiguous(), with_bits=True, neuron=NEURONS[0].parameters)
+    s, v, bits = ops.unit(u)
+    of_y, rows, _ = ops.unit_backward(small[1], N, u)
+    sums = rows.sum(0)
 
     memory = {name: Sparse(np.float32, STEPS * SIZE) for name in ("x", "spikes", "grad_spikes", "grad_x")}
     memory |= {"v": Sparse(np.float32, SIZE), "bits": Sparse(np.int32, STEPS * SIZE // 32)}
@@ -151,7 +153,7 @@ def test_the_last_elements_of_more_than_2_to_the_31(shim_folder: Path) -> None:
         assert variant.lanes == 4
         library = compile_shim(variant_source(*variant), shim_folder)
         function = getattr(library, f"last_block_of_{kernel}")
-        function.argtypes = [ctypes.c_int, ctypes.c_int, *(cpu.TYPES[kind] for _, kind in fields())]
+        function.argtypes = [ctypes.c_int, ctypes.c_int, *(TYPES[kind] for _, kind in fields())]
         function(*grid, *given.values())
 
     for name, expected in (("spikes", s), ("grad_x", of_y)):

@@ -22,6 +22,7 @@ from variants import unit_variant
 
 from scalesnn import neuron, surrogate
 from scalesnn.kernels import cpu, cuda, launch, normalisation, ops, packing
+from scalesnn.kernels.records import UnitInputs
 from scalesnn.kernels.source import variant_source
 
 N = None
@@ -268,24 +269,23 @@ def results(dtype: torch.dtype, setting: int, T: int, last: bool, norm: bool) ->
     x.requires_grad_(), residual.requires_grad_()
     real = launch.real_dtype(dtype)
     decay = torch.tensor(0.4, dtype=real, requires_grad=True) if NEURONS[setting].learned else None
-    inputs = [x] + [decay] * (decay is not None)
-    moments, coefficients = [], [N] * 3
-    of_batch = (N, N)
+    u = UnitInputs(x, decay=decay, with_bits=True, neuron=NEURONS[setting].parameters)
+    inputs, of_norm = [x] + [decay] * (decay is not None), []
     if norm:
-        moments = [normalisation.batch_statistics(x.detach())]
-        inverse = 1 / (moments[0][1] + 1e-5)
-        scale = inverse.sqrt().to(real).requires_grad_()
+        weight = torch.linspace(0.5, 2, 33, dtype=real).requires_grad_()
         bias = torch.linspace(-0.5, 0.5, 33, dtype=real).requires_grad_()
-        coefficients = [moments[0][0].to(real), scale, bias]
-        of_batch = inverse, torch.tensor(30.0 * T, dtype=torch.float64)
-        inputs += [scale, bias, residual]
-    args = (*coefficients, residual if norm else N, N, N, N, N, decay, *of_batch)
-    s, v, bits = ops.unit(x, *args, *NEURONS[setting].options())
+        running = [torch.zeros(33, dtype=dtype), torch.ones(33, dtype=dtype), torch.tensor(0)]
+        sums = normalisation.statistics(x.detach())
+        affine, statistics = normalisation.coefficients(sums, dtype, weight, bias, *running, 1e-5, 0.1)
+        of_norm = [affine, statistics, *running, normalisation.packed_sums(sums)]
+        u = u._replace(affine=affine, statistics=statistics, weight=weight, bias=bias, residual=residual)
+        inputs += [weight, bias, residual]
+    s, v, bits = ops.unit(u)
     weights = torch.randn(s.shape, generator=generator)
     grads = torch.autograd.grad((s * weights).sum() + v.sum(), inputs)
     packed = packing.pack(s.detach(), 1)
     whole = packing.unpack(packed, 1, list(s.shape), list(s.stride()), s.dtype)
-    return [t.detach() for t in (*moments, s, v, bits, *grads, packed, whole)]
+    return [t.detach() for t in (*of_norm, s, v, bits, *grads, packed, whole)]
 
 
 def equal_bits(engine: GpuOnCpu, other: GpuOnCpu, monkeypatch: pytest.MonkeyPatch, *case: object) -> None:
@@ -303,7 +303,7 @@ def test_a_step_in_ptx_gives_the_cpu_builds_spikes(tmp_path: Path, monkeypatch: 
 
     def step() -> list[Tensor]:
         leaf = x.clone().requires_grad_()
-        s, v, _ = ops.unit(leaf, N, N, N, N, N, N, N, N, N, N, N, *NEURONS[2].options())
+        s, v, _ = ops.unit(UnitInputs(leaf, neuron=NEURONS[2].parameters))
         (s * torch.arange(41.0)).sum().backward()
         return [s.detach(), v.detach(), leaf.grad]
 
@@ -351,7 +351,7 @@ def test_denormals_are_noughts_on_a_gpu(shim_folder: Path, monkeypatch: pytest.M
     potentials = []
     for kind in (GpuOnCpu, PtxOnCpu):
         use(kind(shim_folder), monkeypatch)
-        v = ops.unit(x, N, N, N, N, N, N, N, N, N, N, N, *NEURONS[0].options())[1]
+        v = ops.unit(UnitInputs(x, neuron=NEURONS[0].parameters))[1]
         potentials.append(v.unique().item())
     assert potentials == [pytest.approx(1e-40, rel=1e-4), 0.0]
 

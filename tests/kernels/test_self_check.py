@@ -6,6 +6,7 @@ fails as a GPU's would.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -21,8 +22,8 @@ from torch._subclasses import FakeTensorMode
 
 from scalesnn import neuron
 from scalesnn.base import UserError
-from scalesnn.kernels import cpu, cuda, launch, normalisation, ops, self_check, unit
-from scalesnn.kernels.source import Variant
+from scalesnn.kernels import cpu, cuda, launch, self_check, unit
+from scalesnn.kernels.source import Variant, fields, unpacked
 from scalesnn.parallel.strategy import Strategy
 
 CPU = torch.device("cpu")
@@ -63,34 +64,37 @@ def test_right_kernels_pass_in_every_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "result"),
+    ("kernel", "written", "result"),
     [
-        ("statistics", "v"),
-        ("forward", "spikes"),
-        ("backward", "gradient of x"),
-        ("normalise_backward", "gradient of x"),
+        ("statistics", "partial", "v"),
+        ("coefficients", "affine", "v"),
+        ("forward", "spikes", "spikes"),
+        ("backward", "grad_x", "gradient of x"),
+        ("channel_gradients", "coefficients", "gradient of x"),
+        ("channel_gradients", "grad_weight", "gradient of weight"),
+        ("normalise_backward", "grad_x", "gradient of x"),
     ],
 )
 def test_a_kernel_that_computes_wrongly_is_named_by_its_result(
-    kernel: str, result: str, monkeypatch: pytest.MonkeyPatch
+    kernel: str, written: str, result: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = launch.run
+    right = cpu.call
 
-    def wrong(name: str, *arguments: Any, **given: Any) -> Any:
-        sums = run(name, *arguments, **given)
+    def wrong(name: str, dtype: torch.dtype, surrogate: str | None, packed: bytes) -> None:
+        right(name, dtype, surrogate, packed)
         if name == kernel:
-            for key in ("spikes", "grad_x"):
-                if given.get(key) is not None:
-                    given[key].mul_(0.9)
-            return None if sums is None else sums * 1.1
-        return sums
+            told = dict(zip([field for field, _ in fields()], unpacked(packed), strict=True))
+            kind = ctypes.c_double if written == "partial" else ctypes.c_float
+            of_channels = (2 if written in ("affine", "coefficients") else 1) * told["channels"]
+            count = told["steps"] * told["size"] if written in ("spikes", "grad_x") else of_channels
+            for i, value in enumerate(values := (kind * count).from_address(told[written])):
+                values[i] = 0.9 * value - 0.1
 
-    monkeypatch.setattr(ops, "run", wrong)
-    monkeypatch.setattr(normalisation, "run", wrong)
+    monkeypatch.setattr(cpu, "call", wrong)
     found = self_check.problem(CPU, torch.float32)
     assert found is not None
     assert found.startswith("the CUDA kernels compute wrongly on this GPU: the ")
-    if kernel != "statistics":
+    if kernel not in ("statistics", "coefficients"):
         assert f"the {result} in float32 differs" in found
 
 

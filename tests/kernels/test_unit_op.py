@@ -7,12 +7,13 @@ import torch
 from gpu_on_cpu import GpuOnCpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ATAN, NEURONS, Neuron, run
+from oracle import NEURONS, Neuron, run
 from torch import Tensor
 
 from scalesnn import neuron, surrogate
 from scalesnn.kernels import cuda, normalisation, ops, packing
-from scalesnn.kernels.source import IDENTITY, Variant
+from scalesnn.kernels.records import UnitInputs
+from scalesnn.kernels.source import Variant
 
 N = None
 NAMES = [f"{n.charge}{'-soft' * (n.v_reset is None)}{'-learned' * n.learned}" for n in NEURONS]
@@ -37,7 +38,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 def unit(
     x: Tensor, setting: Neuron, decay: Tensor | None = N, v: Tensor | None = N, **kwargs: object
 ) -> tuple:
-    return ops.unit(x, N, N, N, N, N, N, N, v, decay, N, N, *setting.options(**kwargs))
+    return ops.unit(UnitInputs(x, v=v, decay=decay, with_bits=True, neuron=setting.parameters, **kwargs))
 
 
 @pytest.mark.parametrize("setting", NEURONS, ids=NAMES)
@@ -112,17 +113,20 @@ def test_what_is_not_a_number_spreads_as_in_torch(engine: str, value: float, v_r
     torch.testing.assert_close(a.grad, b.grad, equal_nan=True)
 
 
+def normalised(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 1) -> UnitInputs:
+    """A unit without a neuron, normalised by the batch's statistics."""
+    sums = normalisation.statistics(x.detach(), repeats)
+    of_norm = (weight.detach(), bias.detach(), N, N, N, 1e-5, 0.1)
+    affine, statistics = normalisation.coefficients(sums, x.dtype, *of_norm)
+    return UnitInputs(x, affine, statistics, weight, bias, repeats=repeats)
+
+
 def batch_norm_unit(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, setting: Neuron
 ) -> tuple:
     """The unit as BatchNorm2d calls it in training mode."""
-    with torch.no_grad():
-        mean, variance = normalisation.batch_statistics(x)
-        inverse = 1 / (variance + 1e-5)
-        count = torch.tensor(float(x.numel() // x.shape[2]), dtype=torch.float64)
-    scale = weight * inverse.sqrt().to(weight.dtype)
-    args = (mean.to(weight.dtype), scale, bias, residual, N, N, N, N, N, inverse, count)
-    return ops.unit(x, *args, *setting.options())
+    u = normalised(x, weight, bias)
+    return ops.unit(u._replace(residual=residual, with_bits=True, neuron=setting.parameters))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -168,12 +172,11 @@ def test_a_repeated_step_is_the_same_as_its_copies(engine: str, channels_last: b
     for repeats in (1, T):
         x = once.clone(memory_format=torch.preserve_format).requires_grad_()
         x_seq = x.unsqueeze(0) if repeats > 1 else x.unsqueeze(0).repeat(T, 1, 1, 1, 1)
-        mean, variance = normalisation.batch_statistics(x_seq.detach())
-        inverse, count = 1 / (variance + 1e-5), torch.tensor(T * 30.0, dtype=torch.float64)
-        args = (mean, inverse.sqrt(), torch.zeros_like(mean), N, N, N, N, N, N, inverse, count)
-        s, v, _bits = ops.unit(x_seq, *args, *setting.options(repeats))
+        ones = torch.ones(6, dtype=torch.float64)
+        u = normalised(x_seq, ones, 0 * ones, repeats)
+        s, v, _bits = ops.unit(u._replace(with_bits=True, neuron=setting.parameters))
         ((s * torch.arange(1.0, T + 1).view(-1, 1, 1, 1, 1)).sum() + v.sum()).backward()
-        results.append((s.detach(), v.detach(), x.grad, mean, variance))
+        results.append((s.detach(), v.detach(), x.grad, u.affine, u.statistics))
     assert torch.equal(results[0][0], results[1][0])
     for one, other in zip(results[0][1:], results[1][1:], strict=True):
         close(one, other, 1e-12)
@@ -211,10 +214,13 @@ def test_any_shape_equals_the_oracle(
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_statistics_survive_a_large_mean(engine: str, mean: float) -> None:
     x = (torch.randn(7, 3, 33, 4, 5, dtype=torch.float64) + mean).float()
-    got = normalisation.batch_statistics(x)
+    sums = normalisation.statistics(x)
+    affine, statistics = normalisation.coefficients(sums, x.dtype, N, N, N, N, N, 0.0, N)
     wide = x.double()
-    torch.testing.assert_close(got[0], wide.mean((0, 1, 3, 4)), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got[1], wide.var((0, 1, 3, 4), unbiased=False), rtol=2e-6, atol=0)
+    torch.testing.assert_close(affine[0].double(), wide.mean((0, 1, 3, 4)), rtol=1e-6, atol=1e-6)
+    variance = 1 / statistics[:-1]
+    torch.testing.assert_close(variance, wide.var((0, 1, 3, 4), unbiased=False), rtol=2e-6, atol=0)
+    assert statistics[-1] == x.numel() / 33
 
 
 def test_learned_decay_has_the_same_gradient_in_every_run(engine: str) -> None:
@@ -231,44 +237,33 @@ def test_learned_decay_has_the_same_gradient_in_every_run(engine: str) -> None:
 
 
 def test_opcheck() -> None:
+    opcheck = torch.library.opcheck
     x = torch.randn(3, 2, 4, 3, 3, requires_grad=True)
-    mean, scale, bias = (torch.randn(4, requires_grad=k > 0) for k in range(3))
     residual = torch.randn(3, 2, 4, 3, 3, requires_grad=True)
-    inverse, count = torch.rand(4, dtype=torch.float64), torch.tensor(54.0, dtype=torch.float64)
-    args = (x, mean, scale, bias, residual, N, N, N, N, N, inverse, count, *NEURONS[3].options())
-    torch.library.opcheck(torch.ops.scalesnn.unit.default, args)
-    neuron_args = (x, N, N, N, N, N, N, N, torch.zeros(2, 4, 3, 3, requires_grad=True))
-    learned = torch.tensor(0.4, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.scalesnn.unit.default, (*neuron_args, learned, N, N, *NEURONS[6].options(v_every_step=True))
+    weight, bias = (torch.randn(4, requires_grad=True) for _ in range(2))
+    u = normalised(x, weight, bias)._replace(residual=residual, neuron=NEURONS[3].parameters)
+    opcheck(torch.ops.scalesnn.unit.default, u.flat())
+    v, learned = torch.zeros(2, 4, 3, 3, requires_grad=True), torch.tensor(0.4, requires_grad=True)
+    plain = UnitInputs(x, v=v, decay=learned, v_every_step=True, neuron=NEURONS[6].parameters)
+    opcheck(torch.ops.scalesnn.unit.default, plain.flat())
+    plain = UnitInputs(x.detach(), neuron=NEURONS[1].parameters)
+    opcheck(torch.ops.scalesnn.unit_backward.default, (torch.randn_like(x), N, True, *plain.flat()))
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    opcheck(torch.ops.scalesnn.statistics.default, (x, 1))
+    sums = normalisation.packed_sums(normalisation.statistics(x))
+    running = (torch.zeros(4), torch.ones(4), torch.tensor(0))
+    opcheck(torch.ops.scalesnn.coefficients.default, (sums, weight, bias, *running, 1e-5, 0.1, torch.float32))
+    opcheck(
+        torch.ops.scalesnn.running_coefficients.default, (*running[:2], weight, bias, 1e-5, torch.float32)
     )
-    torch.library.opcheck(torch.ops.scalesnn.batch_statistics.default, (x.detach(),))
-    backward = (
-        torch.randn_like(x),
-        N,
-        x.detach(),
-        N,
-        N,
-        N,
-        N,
-        N,
-        N,
-        N,
-        1,
-        1,
-        0.0,
-        1.0,
-        1.0,
-        0.0,
-        False,
-        False,
-        True,
+    rows = torch.randn(2, 3, 4, dtype=torch.float64)
+    opcheck(
+        torch.ops.scalesnn.channel_gradients.default,
+        (rows, u.affine, u.statistics, 1, "", torch.float32, True, False),
     )
-    torch.library.opcheck(torch.ops.scalesnn.unit_backward.default, (*backward, ATAN, [2.0]))
     grads = torch.randn(3, 2, 4, 3, 3)
-    norm = (x.detach(), mean.detach(), scale.detach(), torch.randn(2, 4, dtype=torch.float64))
-    torch.library.opcheck(torch.ops.scalesnn.normalise_backward.default, (grads, *norm))
-    torch.library.opcheck(torch.ops.scalesnn.normalise_backward_.default, (grads, *norm))
+    opcheck(torch.ops.scalesnn.normalise_backward.default, (grads, x, u.affine, torch.randn(2, 4)))
+    opcheck(torch.ops.scalesnn.normalise_backward_.default, (grads, x, u.affine, torch.randn(2, 4)))
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 41), (2, 1, 64), (1, 1, 5)])
@@ -317,12 +312,12 @@ def test_normalisation_without_a_neuron_has_torch_gradients(engine: str, T: int,
     residual = torch.randn(T, 2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
     weight = (torch.rand(5, dtype=torch.float64) + 0.5).requires_grad_()
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    mean, variance = normalisation.batch_statistics(x.detach())
-    inverse, count = 1 / (variance + 1e-5), torch.tensor(T * 18.0, dtype=torch.float64)
-    options = (1, 0, 0.0, 1.0, 0.0, N, False, False, False, IDENTITY, [], "")
-    norm = (mean, weight * inverse.sqrt(), bias)
-    of_batch = (inverse, count) if training else (N, N)
-    y, *_ = ops.unit(x, *norm, residual, N, N, N, N, N, *of_batch, *options)
+    u = normalised(x, weight, bias)
+    mean, variance = x.detach().mean((0, 1, 3, 4)), x.detach().var((0, 1, 3, 4), correction=0)
+    if not training:
+        affine = normalisation.running_coefficients(mean, variance, weight, bias, 1e-5, x.dtype)
+        u = u._replace(affine=affine, statistics=N)
+    y, *_ = ops.unit(u._replace(residual=residual))
     known = (N, N) if training else (mean, variance)
     expected = torch.nn.functional.batch_norm(x.flatten(0, 1), *known, weight, bias, training).view_as(x)
     expected = expected + residual
@@ -360,8 +355,9 @@ def test_few_blocks_do_the_work_of_many(gpu_on_cpu: GpuOnCpu, monkeypatch: pytes
     expected, grid = results(), cuda.launch_grid
 
     def two_blocks(variant: Variant, arguments: dict[str, object]) -> tuple[int, int]:
+        strided = ("forward", "normalise_backward", "pack", "unpack")
         columns, rows = grid(variant, arguments)
-        return (columns if variant.kernel in ("statistics", "backward") else min(columns, 2)), rows
+        return (min(columns, 2) if variant.kernel in strided else columns), rows
 
     monkeypatch.setattr(cuda, "launch_grid", two_blocks)
     for one, other in zip(results(), expected, strict=True):
