@@ -62,6 +62,7 @@ def test_several_T_in_one_pass_are_those_of_a_pass_each(weights: Path, images: P
     assert together["loss"] == alone["loss"]
 
 
+@pytest.mark.long
 def test_classes_pairs_and_mirror_images(weights: Path, images: Path, tmp_path: Path, capsys) -> None:
     table = tmp_path / "classes.csv"
     common = (weights, "--data-path", images, "--test-T", "1,2")
@@ -247,6 +248,7 @@ def test_data_of_other_classes_are_refused(weights: Path, images: Path, tmp_path
         assert "\n" not in error
 
 
+@pytest.mark.long
 def test_predict_says_what_evaluation_counts(weights: Path, images: Path, tmp_path: Path, capsys) -> None:
     table = tmp_path / "classes.csv"
     figures(tmp_path, weights, "--data-path", images, "--per-class", table, "--loader=torchvision")

@@ -34,6 +34,7 @@ def hits(reader: Any, batch: torch.Tensor, targets: torch.Tensor, T: int) -> int
     return int((total.argmax(1) == targets).sum())
 
 
+@pytest.mark.long
 def test_from_a_training_to_two_simulators(run: Path, images: Path, tmp_path: Path, train: Any) -> None:
     nir = pytest.importorskip("nir")
     sj = pytest.importorskip("spikingjelly.activation_based.nir_exchange")

@@ -79,6 +79,7 @@ def test_event_frames(net: nn.Module, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, own_logits(net, frames.transpose(0, 1)).mean(0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_step_by_step_with_potentials_as_inputs_and_outputs(net: nn.Module, tmp_path: Path) -> None:
     write_onnx(net, IMAGE, tmp_path / "net.onnx", T=None, about={})
     run = session(tmp_path / "net.onnx")

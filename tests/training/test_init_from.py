@@ -105,6 +105,7 @@ def test_a_run_a_checkpoint_a_name_and_an_export_are_alike(place, images, monkey
     assert "acc1" in figures[0]
 
 
+@pytest.mark.long
 def test_another_head_is_told_and_not_tested(place, images, tmp_path, capsys):
     train(images, tmp_path, "--init-from", place / "head.pth", "--max-steps", 1)
     assert "a new classifier for 4 classes (theirs is for 10)" in capsys.readouterr().out
@@ -112,6 +113,7 @@ def test_another_head_is_told_and_not_tested(place, images, tmp_path, capsys):
     assert "a new classifier for 4 classes (theirs is for 10): train it first" in said
 
 
+@pytest.mark.long
 def test_other_names_of_as_many_classes_and_other_settings_are_told(place, images, tmp_path, capsys):
     state = torchvision.models.resnet18(num_classes=4).state_dict()
     about = {
@@ -136,6 +138,7 @@ def test_torchvision_s_weights_by_their_name(tmp_path, monkeypatch):
     assert all(torch.equal(found[key], value) for key, value in given.items())
 
 
+@pytest.mark.long
 def test_after_a_resume_the_checkpoint_wins(place, images, tmp_path, capsys):
     torch.save(torchvision.models.resnet18(num_classes=4).state_dict(), tmp_path / "net.pth")
     words = ["--run-name", "a", "--init-from", tmp_path / "net.pth"]
