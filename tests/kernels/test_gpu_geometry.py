@@ -33,8 +33,9 @@ def results(x: Tensor, residual: Tensor | None, setting: Neuron) -> list[Tensor]
     grad = torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype)
     of_y, rows, of_v = ops.unit_backward(grad, torch.ones_like(v), u, True)
     of_x = normalisation.normalise_backward(of_y, x, affine, affine[1:3].contiguous())
-    moments = normalisation.packed_sums(normalisation.statistics(x))
-    return [s, v, bits, of_y, of_v, of_x, rows.sum(0), moments]
+    packed = normalisation.packed_sums(normalisation.statistics(x))
+    means, within, between = packed[:-1].view(3, channels)  # how squares are split depends on the threads
+    return [s, v, bits, of_y, of_v, of_x, rows.sum(0), means, within + between]
 
 
 @pytest.mark.parametrize(
