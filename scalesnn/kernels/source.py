@@ -194,5 +194,6 @@ def variant_source(*variant: Any) -> str:
 
 def _min_blocks(variant: Variant) -> int:
     """Blocks that an SM must be able to hold: with 1 a thread has 255 registers, with 2 128."""
-    learned = variant.kernel == "backward" and "decay" in variant.given
-    return 1 if variant.dtype == torch.float64 or variant.steps > (8 if learned else 16) else 2
+    learned = variant.kernel == "backward" and "decay" in variant.given  # has a sum more: 128 would spill
+    most = 8 if learned and variant.steps * variant.lanes <= 16 else 4 if learned else 16
+    return 1 if variant.dtype == torch.float64 or variant.steps > most else 2
