@@ -380,7 +380,14 @@ def test_torchrun_s_restart_neither_cleans_nor_rewinds(data, tmp_path, identity)
     (tmp_path / "train.py").write_text(
         KILLED_ONCE.format(paths=[str(here), str(here.parent / "support"), str(here.parents[1])])
     )
-    ok(tmp_path, *data, "--run-name", "start", "--epochs", 1)
+    paths = [str(here), str(here.parent / "support"), str(here.parents[1])]
+    words = [str(word) for word in (*data, "--run-name", "start", "--epochs", 1)]
+    # from a process of its own: torch refuses to compute in a fork of one whose autograd has threads
+    start = (
+        f"import sys, pathlib; sys.path[:0] = {paths}; from test_resuming import ok; "
+        f"ok(pathlib.Path({str(tmp_path)!r}), *{words})"
+    )
+    subprocess.run([sys.executable, "-c", start], env=environment(), check=True, timeout=200)
     torchrun = ["torchrun", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(free_port())]
     for number, more in enumerate((["--clean"], ["--resume", tmp_path / "runs" / "start"])):
         words = [
