@@ -4,9 +4,7 @@ scalesnn."""
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from scalesnn.base import UserError
 from scalesnn.model.published import FORMATS, Published, recognise, rename
 from scalesnn.model.train_imagenet_example import model_makers
 from scalesnn.model.weights import Weights, misfits, read_weights_file, without_prefixes
+from scalesnn.training.arguments import option
+from scalesnn.training.export import write_whole
 from scalesnn.training.hook_checks import check_name
 
 __all__ = ["add_import_command", "import_weights"]
@@ -87,9 +87,7 @@ def import_weights(file: Path, output: Path, model: str, kind: str = "auto") -> 
         lines.append(f"left out: {', '.join(published.dropped)}")
     lines.append(f"{output}: {len(published.tensors)} tensors, {size:.1f} MB, {model} for {classes} classes")
     lines += [f"note: {difference}" for difference in differences(published, weights, settings)]
-    flags = " ".join(
-        f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if value is not None
-    )
+    flags = " ".join(f"{option(key)} {value}" for key, value in settings.items() if value is not None)
     return [*lines, f"next: launch/train.py {flags} --init-from {output} …"]
 
 
@@ -192,13 +190,5 @@ def write(output: Path, published: Published, settings: dict[str, Any]) -> None:
         "settings": json.dumps(settings),
         "imported_from": published.kind,
     }
-    beside = output.with_name(f".{output.name}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        plain = {k: v.clone(memory_format=torch.contiguous_format) for k, v in published.tensors.items()}
-        save_file(plain, beside, metadata=about)
-        os.replace(beside, output)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # of a parent that is no folder
-            beside.unlink()
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+    plain = {k: v.clone(memory_format=torch.contiguous_format) for k, v in published.tensors.items()}
+    write_whole(output, lambda file: save_file(plain, file, metadata=about))

@@ -217,9 +217,8 @@ class BaseNode(MemoryModule):
 
     @property
     def _kernel_neuron(self) -> str | None:
-        """The name of this neuron's charge in ``kernels.ops.CHARGES``; None for one the kernels do not know,
-        such as
-        a subclass with a charge, a fire or a reset of its own."""
+        """The name of this neuron's charge in ``kernels.records.CHARGES``; None for one the kernels do not
+        know, such as a subclass with a charge, a fire or a reset of its own."""
         kind = type(self)
         if kind not in _charges:
             _charges[kind] = _find_charge(kind)

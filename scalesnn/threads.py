@@ -16,8 +16,12 @@ SAMPLE_S = 0.2
 def idle_cores() -> float:
     """How many of the cores that this process may use were idle during the last ``SAMPLE_S`` seconds."""
     busy = psutil.cpu_percent(interval=SAMPLE_S, percpu=True)  # of all cores, in per cent
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
-    return sum(1 - busy[core] / 100 for core in own if core < len(busy))
+    return sum(1 - busy[core] / 100 for core in own_cores() if core < len(busy))
+
+
+def own_cores() -> set[int]:
+    """The cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def choose_wait_policy(
@@ -37,7 +41,10 @@ def choose_wait_policy(
         return
     first = environ.get("OMP_NUM_THREADS", "").split(",")[0]
     ranks = environ.get("LOCAL_WORLD_SIZE", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = int(first) if first.isdecimal() else cores // max(1, int(ranks) if ranks.isdecimal() else 1)
+    threads = (
+        int(first)
+        if first.isdecimal()
+        else len(own_cores()) // max(1, int(ranks) if ranks.isdecimal() else 1)
+    )
     if threads > 1 and threads > idle() + 0.5:
         environ["OMP_WAIT_POLICY"] = "passive"

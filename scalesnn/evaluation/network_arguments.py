@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from scalesnn.training.arguments import option
+
 __all__ = ["SOURCE", "add_network_arguments", "network_words"]
 
 SOURCE = "a run's folder (its newest checkpoint), a checkpoint, RUN/checkpoints/best, or a file of weights"
@@ -25,14 +27,9 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", action="store_true", help="the averaged weights (of a run with --model-ema)")
     group = parser.add_argument_group("the net (default: as RUN or FILE says)")
     for name, what in NETWORK.items():
-        group.add_argument(flag_of(name), metavar="X", help=what)
+        group.add_argument(option(name), metavar="X", help=what)
 
 
 def network_words(args: argparse.Namespace) -> list[str]:
     """The flags of ``add_network_arguments`` that were given, as words of a training's command line."""
-    return [f"{flag_of(name)}={getattr(args, name)}" for name in NETWORK if getattr(args, name) is not None]
-
-
-def flag_of(name: str) -> str:
-    """``val_crop_size`` → ``--val-crop-size``."""
-    return f"--{name.replace('_', '-')}"
+    return [f"{option(name)}={getattr(args, name)}" for name in NETWORK if getattr(args, name) is not None]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from scalesnn.base import UserError
-from scalesnn.training.export import export
+from scalesnn.training.export import export, write_whole
 
 __all__ = ["add_export_command"]
 
@@ -66,7 +65,7 @@ def run_export(args: argparse.Namespace) -> int:
         said, source = f"{count} tensors", str(folder)
     else:
         source, write = writer(kind, args)
-        said = whole_or_not(output, write)
+        said = write_whole(output, write)
     print(f"{args.output}: {said}, {output.stat().st_size / 1e6:.1f} MB, from {source}")
     return 0
 
@@ -104,21 +103,3 @@ def writer(kind: str, args: argparse.Namespace) -> tuple[str, Write]:
         return f"{write_program(trained.net, shape, file, T=T, about=about)} operators, T = {T}"
 
     return trained.source, write
-
-
-def whole_or_not(output: Path, write: Write) -> str:
-    """Let ``write`` make a file that has its name only when it is complete; returns what ``write`` said.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    beside = output.with_name(f".{output.stem}.tmp{output.suffix}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        said = write(beside)
-        os.replace(beside, output)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
-    finally:
-        beside.unlink(missing_ok=True)
-    return said

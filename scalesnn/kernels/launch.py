@@ -174,7 +174,7 @@ def _prepared(*key: Any) -> Callable[..., None]:
 
 
 def run(name: str, of: Tensor, layout: Layout, /, **given: Any) -> None:
-    """Run a kernel once more or for the first time: 'pack', 'unpack' and 'normalise_backward'.
+    """Run 'pack' or 'unpack', prepared at the first call with these numbers.
 
     Args:
         name: the kernel.

@@ -193,16 +193,9 @@ def _at(tensor: Tensor | None) -> int:
 
 
 def _affine(
-    dtype: torch.dtype,
-    sums: Sums,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    eps: float,
-    momentum: float | None,
+    dtype: torch.dtype, sums: Sums, tensors: tuple[Tensor | None, ...], eps: float, momentum: float | None
 ) -> tuple[Tensor, Tensor]:
+    weight, bias, running_mean, running_var, batches = tensors
     rows, steps, count, repeats = sums
     number, channels = (1, (rows.numel() - 1) // 3) if count < 0 else (rows.shape[0], rows.shape[2])
     _check(rows, channels, weight, bias, running_mean, running_var)
@@ -257,7 +250,7 @@ def coefficients(
         return affine, statistics
     changed = [tensor for tensor in tensors[2:] if tensor is not None and not tensor.is_inference()]
     torch._C._increment_version(changed)  # which the kernel, that knows addresses only, does not
-    return _affine(dtype, sums, *tensors, eps, momentum)
+    return _affine(dtype, sums, tensors, eps, momentum)
 
 
 @torch.library.custom_op("scalesnn::coefficients", mutates_args=("running_mean", "running_var", "batches"))
@@ -272,7 +265,8 @@ def _coefficients_operator(
     momentum: float | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return _affine(dtype, Sums(sums), weight, bias, running_mean, running_var, batches, eps, momentum)
+    tensors = (weight, bias, running_mean, running_var, batches)
+    return _affine(dtype, Sums(sums), tensors, eps, momentum)
 
 
 @_coefficients_operator.register_fake

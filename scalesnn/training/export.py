@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,7 +19,9 @@ from scalesnn.base import UserError
 from scalesnn.training.checkpoint import find_checkpoints
 from scalesnn.training.checkpoint_index import DTYPES, DamagedCheckpointError, Index
 
-__all__ = ["export", "read_weights"]
+__all__ = ["export", "read_weights", "write_whole"]
+
+Result = TypeVar("Result")
 
 
 def export(
@@ -49,22 +53,45 @@ def export(
         "classes": json.dumps((plain.get("data") or {}).get("classes", [])),
         "settings": json.dumps((plain.get("extra") or {}).get("settings") or {}),
     }
-    beside = output.with_name(f".{output.name}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(file: Path) -> None:
         if kind == "pt":
             state = OrderedDict(weights)
             setattr(state, "_metadata", {"": {"version": 1}, **about})  # noqa: B010  # as torch's
-            torch.save(state, beside)
+            torch.save(state, file)
         else:
-            save_file(weights, beside, metadata={"format": "pt", **about})
-        os.replace(beside, output)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):  # of a parent that is no folder
-            beside.unlink()
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"--output {output}: cannot be written ({reason})") from None
+            save_file(weights, file, metadata={"format": "pt", **about})
+
+    write_whole(output, write, (OSError, RuntimeError))
     return folder, len(weights)
+
+
+def write_whole(
+    output: Path, write: Callable[[Path], Result], failures: tuple[type[Exception], ...] = (OSError,)
+) -> Result:
+    """Let ``write`` make the file of --output, which has its name only when it is complete.
+
+    Args:
+        failures: what ``write`` raises where it cannot write.
+
+    Returns:
+        what ``write`` returned.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    beside = output.with_name(f".{output.stem}.tmp{output.suffix}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result = write(beside)
+        os.replace(beside, output)
+    except failures as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output {output}: cannot be written ({reason})") from None
+    finally:
+        with contextlib.suppress(OSError):  # there is none, or the parent is no folder
+            beside.unlink()
+    return result
 
 
 def read_weights(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:

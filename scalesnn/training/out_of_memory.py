@@ -18,6 +18,7 @@ from scalesnn import functional
 from scalesnn.base import UserError
 from scalesnn.memory.planner import gib
 from scalesnn.memory.policy import Policy, apply_policy, policies_below, policy_of
+from scalesnn.parallel.devices import first_line
 from scalesnn.parallel.start_again import StartTogether
 
 __all__ = ["FIRST_STEPS", "Fallback", "free_frames", "is_out_of_memory"]
@@ -186,8 +187,3 @@ class Fallback:
         if torch.cuda.is_initialized():
             torch.cuda.set_rng_state(random_state[1][0])
             torch.cuda.empty_cache()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

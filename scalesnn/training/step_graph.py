@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scalesnn.base import UserError
 from scalesnn.memory.policy import Policy
+from scalesnn.parallel.devices import first_line
 from scalesnn.parallel.strategy import StepResult, Strategy
 from scalesnn.tracking import StepTimer
 from scalesnn.training.cuda_recorder import CudaRecorder
@@ -206,11 +207,10 @@ def _host_random_state() -> tuple[Any, ...]:
 
 def _place(error: BaseException) -> str:
     """What in the step cannot be recorded, and in which line of whose code."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
         if not any(part in f.filename for part in LIBRARY)
     ]
     where = f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
-    return f"the step cannot be recorded, because something in it needs the host: {text}{where}"
+    return f"the step cannot be recorded, because something in it needs the host: {first_line(error)}{where}"
