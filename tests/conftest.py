@@ -4,15 +4,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from small_runs import process_left_as_it_was
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
 @pytest.fixture(autouse=True)
-def _environment_as_it_was() -> Iterator[None]:
-    """Put os.environ back: DeepSpeed and torch.distributed write a run's ranks into it."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+def _process_left_as_it_was() -> Iterator[None]:
+    with process_left_as_it_was():
+        yield

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import ROOT, SMALL, make_images
+from small_runs import ROOT, SMALL, make_images, process_left_as_it_was
 
 from scalesnn.cli import main
 from scalesnn.model.sew_resnet import sew_resnet18
@@ -62,13 +62,10 @@ def place(tmp_path_factory):
     """A folder with DIR (images), runs/NAME (a run), RUN, and hosts, as the docs name them."""
     folder = tmp_path_factory.mktemp("place")
     make_images(folder / "DIR", 4, 1)
-    before, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
     trainer = SResNetTrainer()
     words = ["--data-path", str(folder / "DIR"), "--output-dir", str(folder / "runs"), "--run-name", "NAME"]
-    trainer.main(trainer.get_args_parser().parse_args([*SMALL, *words, "--max-steps", "1", "--model-ema"]))
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ.clear()
-    os.environ.update(before)
+    with process_left_as_it_was():
+        trainer.main(trainer.get_args_parser().parse_args([*SMALL, *words, "--max-steps=1", "--model-ema"]))
     for name in ("RUN", "runs/RUN", "runs/RUN1", "runs/RUN2"):
         (folder / name).symlink_to(folder / "runs/NAME")
     torch.save({"model": sew_resnet18(num_classes=4).state_dict()}, folder / "published.pth")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import CLASSES, SMALL, make_images
+from small_runs import CLASSES, SMALL, make_images, process_left_as_it_was
 from torch import nn
 from trained_nets import lively, save_lively
 
@@ -20,13 +19,6 @@ from scalesnn.model.sew_resnet import sew_resnet18
 from scalesnn.model.train_imagenet_example import SResNetTrainer
 
 
-@pytest.fixture(autouse=True)
-def _determinism_as_it_was() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four classes, 4 training and 5 validation images each: the last batch of 4 is not full on two ranks."""
@@ -35,14 +27,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_once(images: Path, folder: Path, name: str, *words: str, given: Sequence[str] = SMALL) -> Path:
     """Train one epoch of SEW-ResNet-18 with LIF neurons that fire from the start; returns the run."""
-    before, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
     trainer = SResNetTrainer()
     own = ["--data-path", str(images), "--output-dir", str(folder), "--run-name", name, "--epochs=1"]
     own += ["--model=sew_resnet18", "--neuron=LIF", "--tau=1.1", *words]
-    trainer.main(trainer.get_args_parser().parse_args([*given, *own]))
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ.clear()
-    os.environ.update(before)
+    with process_left_as_it_was():
+        trainer.main(trainer.get_args_parser().parse_args([*given, *own]))
     return folder / name
 
 

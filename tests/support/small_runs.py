@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,3 +78,27 @@ def trace(output: Path) -> dict[int, float]:
         assert record["step"] not in found, "a step was logged twice"
         found[record["step"]] = record["loss"]
     return found
+
+
+@contextmanager
+def process_left_as_it_was() -> Iterator[None]:
+    """Put os.environ and torch's determinism back: a run in this process sets both."""
+    import torch  # late: tests/conftest.py sets the number of threads first
+
+    environment, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], run: Callable[..., Any], *arguments: Any) -> str:
+    """The one line with which ``run(*arguments)`` ends, with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err.strip()
+    assert len(text.splitlines()) == 1, text
+    return text

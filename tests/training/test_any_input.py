@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -52,15 +50,6 @@ APART = {
     "strategy",
 }
 APART |= {"deepspeed", "fsdp_config", "dist_url"}
-
-
-@pytest.fixture(autouse=True)
-def process_left_as_it_was():
-    environment, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def is_one_line(error: UserError) -> None:

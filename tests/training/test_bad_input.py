@@ -1,12 +1,10 @@
 """Bad input ends with exit code 2 and one line that names the cure, before any long work."""
 
-import os
 import shutil
 
 import numpy as np
 import pytest
-import torch
-from small_runs import SMALL
+from small_runs import SMALL, refusal
 
 from scalesnn.model.train_imagenet_example import SResNetTrainer
 
@@ -14,22 +12,11 @@ from scalesnn.model.train_imagenet_example import SResNetTrainer
 def refused(capsys, *words, trainer_class=SResNetTrainer):
     """Run the trainer in this process; return the one line that it ends with."""
     trainer = trainer_class()
-    with pytest.raises(SystemExit) as stopped:
+
+    def run():
         trainer.main(trainer.get_args_parser().parse_args([*SMALL, *map(str, words)]))
-    assert stopped.value.code == 2
-    text = capsys.readouterr().err.strip()
-    assert len(text.splitlines()) == 1, text
-    return text
 
-
-@pytest.fixture(autouse=True)
-def process_left_as_it_was():
-    """A run in this process sets environment variables and torch's global settings."""
-    environment, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ.clear()
-    os.environ.update(environment)
+    return refusal(capsys, run)
 
 
 @pytest.mark.parametrize(

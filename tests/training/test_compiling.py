@@ -32,11 +32,9 @@ GIVEN += ["--spike-metrics-every", "3", "--device", "cpu", "--wandb", "disabled"
 
 
 @pytest.fixture(autouse=True)
-def process_left_as_it_was() -> Iterator[None]:
-    """A run in this process sets torch's global settings."""
-    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+def threads_and_compiler_as_they_were() -> Iterator[None]:
+    threads = torch.get_num_threads()
     yield
-    torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
     torch._dynamo.reset()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +18,6 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from scalesnn.model.train_imagenet_example import SResNetTrainer
 
 FLAGS = [flag for flag in SMALL if not flag.startswith(("--T", "--epochs"))]
-
-
-@pytest.fixture(autouse=True)
-def process_left_as_it_was() -> Any:
-    """A run in this process sets environment variables and torch's global settings."""
-    environment, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def write_frames(folder: Path, count: int, shape: tuple[int, ...], seed: int) -> None:

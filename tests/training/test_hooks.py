@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
-from small_runs import ROOT, SMALL, environment, records, trace
+from small_runs import ROOT, SMALL, environment, records, refusal, trace
 from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler, Subset
 
@@ -21,16 +21,6 @@ LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc_per_node=2"],
     "launch": [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2"],
 }
-
-
-@pytest.fixture(autouse=True)
-def process_left_as_it_was():
-    """A run in this process sets environment variables and torch's global settings."""
-    environment, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.mark.parametrize(
@@ -156,12 +146,7 @@ def test_workers_left_at_their_default_and_a_subset(tmp_path):
 
 
 def refused(capsys, trainer, tmp_path, *words):
-    with pytest.raises(SystemExit) as stopped:
-        trainer.train(tmp_path, *words)
-    assert stopped.value.code == 2
-    text = capsys.readouterr().err.strip()
-    assert len(text.splitlines()) == 1, text
-    return text
+    return refusal(capsys, trainer.train, tmp_path, *words)
 
 
 @pytest.mark.parametrize(

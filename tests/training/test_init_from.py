@@ -1,26 +1,14 @@
 """``--init-from`` as a user types it: files, runs and names; what it leaves alone; what it refuses."""
 
-import os
-
 import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from small_runs import SMALL
+from small_runs import SMALL, process_left_as_it_was, refusal
 
 from scalesnn.cli import main as command
 from scalesnn.model.train_imagenet_example import SResNetTrainer
 from scalesnn.training.init_from import locate, open_weights
-
-
-@pytest.fixture(autouse=True)
-def process_left_as_it_was():
-    """A run in this process sets environment variables and torch's global settings."""
-    environment, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +18,8 @@ def place(images, tmp_path_factory):
     torch.manual_seed(7)
     save_file(torchvision.models.resnet18(num_classes=4).state_dict(), folder / "net.safetensors")
     torch.save({"model": torchvision.models.resnet18(num_classes=10).state_dict()}, folder / "head.pth")
-    before, deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
-    train(images, folder, "--run-name", "first", "--max-steps", "1", "--T", "1")
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ.clear()
-    os.environ.update(before)
+    with process_left_as_it_was():
+        train(images, folder, "--run-name", "first", "--max-steps", "1", "--T", "1")
     return folder
 
 
@@ -52,11 +37,7 @@ def load_state(path):
 
 
 def refused(capsys, images, folder, *words):
-    with pytest.raises(SystemExit, match="2"):
-        train(images, folder, *words)
-    text = capsys.readouterr().err.strip()
-    assert len(text.splitlines()) == 1, text
-    return text
+    return refusal(capsys, train, images, folder, *words)
 
 
 def parameters(net):

@@ -6,7 +6,7 @@ On the CPU a stand-in records torch's operations (support/graph_on_cpu.py).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,14 +29,6 @@ from scalesnn.tracking import StepTimer
 from scalesnn.training import step_graph
 from scalesnn.training.optimizers import make_optimizer
 from scalesnn.training.step_graph import WARM_UP, StepGraph, check_cuda_graph, check_fused
-
-
-@pytest.fixture(autouse=True)
-def process_left_as_it_was() -> Iterator[None]:
-    """A run in this process sets torch's global settings."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
 
 
 class Net(nn.Module):
